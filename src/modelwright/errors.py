@@ -1,0 +1,44 @@
+"""The one exception that means: the user can mend this."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class UserError(Exception):
+    """Bad input, in one sentence: what was wrong, where, and what to do.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the tail of an error message: the nearest known names, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"known: {', '.join(known) or 'none'}."
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Imports an optional package, or says how to install it.
+
+    Args:
+        module: Import name, such as ``"lz4.frame"``.
+        extra: The extra of this package that brings it, such as ``"compressors"``.
+        purpose: What it is needed for, as it reads after "is needed for".
+
+    Raises:
+        UserError: The package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise UserError(
+            f"The package '{package}' is needed for {purpose}: install it with: pip install 'modelwright[{extra}]'."
+        ) from error

@@ -1,0 +1,1 @@
+"""Loading, saving, tiny models, and where each family keeps its parts."""

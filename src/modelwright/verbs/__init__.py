@@ -1,0 +1,34 @@
+"""The verbs of the command line and of recipes, one file each: options, and a ``run`` that imports the work."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from modelwright.errors import UserError, did_you_mean
+
+#: What is typed (or named by ``uses:`` in a recipe), and the dataclass behind it.
+VERBS: dict[str, str] = {
+    "world": "modelwright.verbs.world:World",
+    "tokenizer": "modelwright.verbs.tokenizer:TrainTokenizer",
+    "select": "modelwright.verbs.select:Select",
+    "train": "modelwright.verbs.train:Train",
+    "convert": "modelwright.verbs.convert:Convert",
+    "evaluate perplexity": "modelwright.verbs.perplexity:Perplexity",
+    "generate": "modelwright.verbs.generate:Generate",
+    "run": "modelwright.verbs.run:Run",
+    "report": "modelwright.verbs.report:Report",
+    "verify": "modelwright.verbs.verify:Verify",
+}
+
+
+def load_verb(name: str) -> type[Any]:
+    """Imports a verb's dataclass by name.
+
+    Raises:
+        UserError: No such verb.
+    """
+    if name not in VERBS:
+        raise UserError(f"There is no verb '{name}': {did_you_mean(name, VERBS)}")
+    module, attribute = VERBS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

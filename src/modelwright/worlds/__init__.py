@@ -1,0 +1,1 @@
+"""Generated testbeds whose truth is known exactly."""
