@@ -1,0 +1,160 @@
+"""Makes a typer command from a verb's dataclass: the one schema that the command line and recipes share."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modelwright.cli.guard import guarded
+from modelwright.errors import UserError
+from modelwright.verbs.base import Arg
+
+
+def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
+    """Reads ``key=value`` pairs; values are YAML, so ``level=1`` is a number and ``dedup=true`` a truth value."""
+    import yaml
+
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--{option} {pair!r} is not of the form key=value.")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--{option} {pair!r}: {value!r} is not a valid value.") from error
+    return parsed
+
+
+def _is_dict(hint: Any) -> bool:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return any(o is dict or typing.get_origin(o) is dict for o in options)
+
+
+def _is_sequence(hint: Any) -> bool:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return any(typing.get_origin(o) in (list, tuple) for o in options)
+
+
+def _parameters(cls: type, skip: set[str]) -> tuple[list[inspect.Parameter], set[str]]:
+    """Returns the dataclass's fields as typer parameters, and the names of those given as key=value pairs."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    parameters, pairs = [], set()
+    for field in dataclasses.fields(cls):
+        if field.name in skip or not field.init or field.name.startswith("_"):
+            continue
+        hint, arg = hints[field.name], Arg("")
+        if typing.get_origin(hint) is Annotated:
+            hint, *metadata = typing.get_args(hint)
+            arg = next((m for m in metadata if isinstance(m, Arg)), arg)
+        default: Any = inspect.Parameter.empty
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if _is_dict(hint):
+            hint, default = list[str], []
+            pairs.add(field.name)
+        if not arg.positional and _is_sequence(hint) and default is None:
+            default = []
+        flag = "--" + field.name.replace("_", "-")
+        if arg.positional:
+            info = typer.Argument(help=arg.help, metavar=field.name.upper())
+        elif hint is bool:
+            names = [flag + ("" if default is False else f"/--no-{flag[2:]}")]
+            info = typer.Option(*names, *([arg.short] if arg.short else []), help=arg.help)
+        else:
+            info = typer.Option(
+                flag,
+                *([arg.short] if arg.short else []),
+                help=arg.help,
+                metavar="KEY=VALUE" if field.name in pairs else None,
+                show_default=default not in (None, [], ""),
+            )
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]
+            )
+        )
+    return parameters, pairs
+
+
+def build_command(
+    verb: type, *, fixed: dict[str, Any] | None = None, extra: type | None = None, extra_field: str = ""
+) -> Any:
+    """Returns the click command of a verb.
+
+    Args:
+        verb: A dataclass with ``run(progress) -> dict``.
+        fixed: Fields that the command's name decides, so they are not options.
+        extra: A second dataclass whose fields become options too, such as a selector's own.
+        extra_field: The verb's dict field that receives the fields of ``extra`` which differ from their defaults.
+    """
+    fixed = fixed or {}
+    parameters, pairs = _parameters(verb, skip={*fixed, extra_field})
+    taken = {p.name for p in parameters}
+    extra_parameters, extra_pairs = _parameters(extra, skip=taken) if extra else ([], set())
+    own_json = "json" in taken
+    if not own_json:
+        parameters.append(
+            inspect.Parameter(
+                "json",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False,
+                annotation=Annotated[bool, typer.Option("--json", help="Print the result as JSON.")],
+            )
+        )
+
+    def command(**options: Any) -> None:
+        as_json = options["json"] if own_json else options.pop("json")
+        for name in pairs | extra_pairs:
+            options[name] = _parse_pairs(options[name], name.replace("_", "-"))
+        if extra:
+            defaults = {p.name: p.default for p in extra_parameters}
+            own = {n: options.pop(n) for n in defaults}
+            options[extra_field] = {n: v for n, v in own.items() if v != defaults[n]}
+        if not any(p.name == "json" for p in parameters if own_json):
+            options.pop("json", None)
+        from modelwright.cli.console import Console
+
+        with Console() as console:
+            instance = verb(**fixed, **options)
+            result = instance.run(console)
+        if as_json and not own_json:
+            sys.stdout.write(json.dumps(result, indent=2, default=str) + "\n")
+        elif hasattr(instance, "show"):
+            instance.show(result)
+        elif not own_json:
+            _show(result)
+
+    hidden = inspect.Signature(parameters + extra_parameters)
+    command.__signature__ = hidden  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in hidden.parameters.values()}
+    command.__doc__ = inspect.getdoc(verb)
+    command.__name__ = verb.__name__
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(no_args_is_help=any(p.default is inspect.Parameter.empty for p in parameters))(guarded(command))
+    return typer.main.get_command(app)
+
+
+def _show(result: dict[str, Any]) -> None:
+    """Prints the plain values of a result, one a line."""
+    width = max((len(k) for k, v in result.items() if not isinstance(v, (dict, list))), default=0)
+    for key, value in result.items():
+        if isinstance(value, (dict, list)) or value is None:
+            continue
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        elif isinstance(value, Path):
+            value = str(value)
+        sys.stdout.write(f"{key.replace('_', ' '):<{width}}  {value}\n")
