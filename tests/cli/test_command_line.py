@@ -1,0 +1,109 @@
+"""The command line as a stranger meets it: real processes, real exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from modelwright.verbs import VERBS
+
+
+def modelwright(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "modelwright", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_help_lists_every_command_without_torch():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "modelwright", "--help"], capture_output=True, text=True, check=True
+    )
+    for name in [*{v.split()[0] for v in VERBS}, "list", "show", "doctor"]:
+        assert f"\n  {name} " in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "numpy", "pydantic", "rich"}
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "select zip-fit", "select dsir", "list", "show", "doctor"])
+def test_every_command_explains_itself(verb):
+    done = modelwright(*verb.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout
+
+
+def test_list_and_show_and_their_json():
+    listing = modelwright("list")
+    assert "zip-fit" in listing.stdout
+    assert "curation" in listing.stdout
+    rows = {row["name"]: row for row in json.loads(modelwright("list", "--json").stdout)}
+    assert rows["zip-fit"]["stage"] == "curation"
+    shown = modelwright("show", "resformer").stdout
+    for part in ("What for", "When not", "Python", "The paper's numbers", "Our numbers"):
+        assert part in shown
+    assert json.loads(modelwright("show", "zip-fit", "--json").stdout)["name"] == "zip-fit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["selekt"], "did you mean 'select'"),
+        (["select", "zipfit"], "did you mean 'zip-fit'"),
+        (["show", "resfromer"], "did you mean 'resformer'"),
+        (
+            ["select", "zip-fit", "--pool", "none.jsonl", "--target", "none.jsonl", "--top", "3", "-o", "o.jsonl"],
+            "none.jsonl",
+        ),
+        (["run", "no-such-recipe"], "no-such-recipe"),
+        (["report", "no-such-folder"], "no-such-folder"),
+        (["verify", "no-such-claim"], "no-such-claim"),
+        (["list", "--stage", "curaton"], "did you mean 'curation'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path):
+    done = modelwright(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_not_an_error():
+    done = subprocess.run(
+        f"{sys.executable} -m modelwright list | head -n 1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_a_running_verb_without_leftovers(tmp_path, stop, code):
+    with (tmp_path / "pool.jsonl").open("w") as pool:
+        for i in range(20_000):
+            pool.write(json.dumps({"text": f"{i} " + "some words to be scored " * 40}) + "\n")
+    (tmp_path / "target.jsonl").write_text(
+        "".join(json.dumps({"text": f"target {i} " * 50}) + "\n" for i in range(200))
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelwright", "select", "zip-fit", "--pool", "pool.jsonl", "--target", "target.jsonl"]
+        + ["--top", "10", "--output", "chosen.jsonl", "--compressor", "lzma"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stderr:  # the first progress line says that scoring has begun
+        if "scor" in line.lower():
+            break
+    time.sleep(0.3)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "chosen.jsonl").exists()
