@@ -12,9 +12,13 @@ import pytest
 from modelwright.verbs import VERBS
 
 
+MODELWRIGHT = [sys.executable, "-m", "modelwright"]
+OUT = ["--output", "chosen.jsonl", "--compressor", "lzma"]
+
+
 def modelwright(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "modelwright", *map(str, arguments)],
+        [*MODELWRIGHT, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -91,8 +95,7 @@ def test_signals_stop_a_running_verb_without_leftovers(tmp_path, stop, code):
         "".join(json.dumps({"text": f"target {i} " * 50}) + "\n" for i in range(200))
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "modelwright", "select", "zip-fit", "--pool", "pool.jsonl", "--target", "target.jsonl"]
-        + ["--top", "10", "--output", "chosen.jsonl", "--compressor", "lzma"],
+        [*MODELWRIGHT, *"select zip-fit --pool pool.jsonl --target target.jsonl --top 10".split(), *OUT],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
