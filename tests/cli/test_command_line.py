@@ -11,7 +11,6 @@ import pytest
 
 from modelwright.verbs import VERBS
 
-
 MODELWRIGHT = [sys.executable, "-m", "modelwright"]
 OUT = ["--output", "chosen.jsonl", "--compressor", "lzma"]
 
@@ -95,7 +94,7 @@ def test_signals_stop_a_running_verb_without_leftovers(tmp_path, stop, code):
         "".join(json.dumps({"text": f"target {i} " * 50}) + "\n" for i in range(200))
     )
     process = subprocess.Popen(
-        [*MODELWRIGHT, *"select zip-fit --pool pool.jsonl --target target.jsonl --top 10".split(), *OUT],
+        [*MODELWRIGHT, *["select", "zip-fit", "--pool", "pool.jsonl", "--target", "target.jsonl", "--top", "10"], *OUT],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,

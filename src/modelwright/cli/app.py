@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import typer
@@ -66,37 +67,44 @@ def _lazy_group(name: str, help_text: str, commands: dict[str, Callable[[], Any]
     return typer.main.get_command(app)
 
 
-def _selectors() -> dict[str, Callable[[], Any]]:
-    # One subcommand per selection method, with the method's own options beside the common ones.
-    from modelwright.catalog import load, provided
+def _selector_command(method: str) -> Any:
+    """One subcommand per selection method, with the method's own options beside the common ones."""
+    from modelwright.catalog import load
     from modelwright.verbs import load_verb
 
-    def builder(method: str) -> Callable[[], Any]:
-        return lambda: build_command(
-            load_verb("select"), fixed={"method": method}, extra=load("selectors", method), extra_field="options"
-        )
+    return build_command(
+        load_verb("select"), fixed={"method": method}, extra=load("selectors", method), extra_field="options"
+    )
 
-    return {method: builder(method) for method in provided("selectors")}
+
+def _select_group() -> Any:
+    from modelwright.catalog import provided
+
+    methods = {method: partial(_selector_command, method) for method in provided("selectors")}
+    return _lazy_group("select", "Choose training data from a pool: one subcommand per method.", methods)
+
+
+def _verb_command(name: str) -> Any:
+    from modelwright.verbs import load_verb
+
+    return build_command(load_verb(name))
 
 
 def _commands() -> dict[str, Callable[[], Any]]:
-    from modelwright.verbs import VERBS, load_verb
-
-    def verb(name: str) -> Callable[[], Any]:
-        return lambda: build_command(load_verb(name))
+    """Returns a builder for each name that may follow ``modelwright``."""
+    from modelwright.verbs import VERBS
 
     commands: dict[str, Callable[[], Any]] = {}
     for name in VERBS:
+        group, _, member = name.partition(" ")
         if name == "select":
-            help_text = "Choose training data from a pool: one subcommand per method."
-            commands[name] = lambda text=help_text: _lazy_group("select", text, _selectors())
-        elif " " in name:
-            group = name.split()[0]
-            members = {v.split()[1]: verb(v) for v in VERBS if v.startswith(group + " ")}
-            commands[group] = lambda g=group, m=members: _lazy_group(g, "Measure a model.", m)
+            commands[name] = _select_group
+        elif member:
+            members = {v.split()[1]: partial(_verb_command, v) for v in VERBS if v.startswith(group + " ")}
+            commands[group] = partial(_lazy_group, group, "Measure a model.", members)
         else:
-            commands[name] = verb(name)
-    commands.update({name: (lambda t=target: _plain_command(t)) for name, target in _PLAIN.items()})
+            commands[name] = partial(_verb_command, name)
+    commands.update({name: partial(_plain_command, target) for name, target in _PLAIN.items()})
     return commands
 
 
