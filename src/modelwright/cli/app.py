@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ def _plain_command(target: str) -> Any:
     return typer.main.get_command(app)
 
 
-def _lazy_group(name: str, help_text: str, commands: dict[str, Callable[[], Any]]) -> Any:
+def _lazy_group(name: str, help_text: str, commands: Mapping[str, Callable[[], Any]]) -> Any:
     """Returns a group whose commands are built when they are asked for."""
 
     class LazyGroup(TyperGroup):
