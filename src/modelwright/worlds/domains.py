@@ -49,68 +49,60 @@ _MOODS = ("carefully", "eagerly", "gladly", "nearly", "often", "proudly", "quiet
 # f is a function's name; a, b, c are different identifiers; k < m are numbers.
 _PYTHON = '''
 def $f($a, $b):
+    """Return the items of $a whose value is larger than $b."""
     $c = {}
-    for key, value in $a.items():
-        if value > $b:
+    for key, value in sorted($a.items()):
+        if value is not None and value > $b:
             $c[key] = value * $k
     return $c
 
 def $f($a, $b=$k):
-    if not $a:
-        return None
-    $c = sum($a) / len($a)
+    """Compute the mean of $a, but at least $b."""
+    if not isinstance($a, (list, tuple)) or len($a) == 0:
+        raise TypeError("expected a list that is not empty")
+    $c = sum(float(x) for x in $a) / len($a)
     return max($b, $c)
 
-def $f($a):
-    $c = []
-    for i, $b in enumerate($a):
-        if i % $k == 0:
-            $c.append($b)
-    return $c
-
-def $f($a, $b):
-    """Return the $a with the given $b."""
-    return [$c for $c in $a if $c.$b == $k]
-
-def $f(self, $a):
-    self.$b = $a
-    self.$c = len($a) + $k
-    return self
-
-def $f($a):
-    with open($a, "r") as $b:
-        $c = $b.read().split("\\n")
+def $f($a, $b="utf-8"):
+    with open($a, "r", encoding=$b) as stream:
+        $c = [line.strip() for line in stream if not line.startswith("#")]
+    logging.info("read %d lines from %s", len($c), $a)
     return $c[$k:$m]
+
+def $f(self, $a, $b=None):
+    if self._closed:
+        raise RuntimeError("this object was closed already")
+    with self._lock:
+        self._$c[$a] = $b if $b is not None else $k
+        self._changed.notify_all()
 
 def $f($a, $b, $c=$k):
     try:
-        return $a[$b]
-    except KeyError:
+        return int($a[$b]) + $m
+    except (KeyError, IndexError):
         return $c
+    except ValueError as error:
+        raise ValueError(f"not a whole number: {$a!r}") from error
 
+@functools.lru_cache(maxsize=$m)
 def $f($a):
+    """Count how many times $a can be halved before it reaches $k."""
     $b = 0
     while $a > $k:
-        $a = $a // 2
-        $b += 1
+        $a, $b = $a // 2, $b + 1
     return $b
 
-def $f($a, $b):
-    $c = sorted($a, key=lambda x: x[$k])
-    return $c[:$b]
+@pytest.mark.parametrize("$a", [$k, $m])
+def test_$f($a, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    $b = $c(tmp_path / "$b.json", $a)
+    assert $b.exists() and $b.read_text().count("\\n") == $k
 
 def $f($a, $b):
-    if $a is None or $b < $k:
-        raise ValueError("$a must not be None")
-    return $a + $b
-
-def $f($a):
-    $b, $c = $a.split(":", 1)
-    return int($b) * $k + int($c)
-
-def $f($a, $b):
-    $c = set($a) & set($b)
-    return len($c) / max(len($a), $k)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--$a", type=int, default=$k, help="number of $c")
+    parser.add_argument("--$b", action="store_true")
+    return parser.parse_args()
 '''
 
 _JAVASCRIPT = """
