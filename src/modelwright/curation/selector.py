@@ -33,12 +33,14 @@ class Selector(Protocol):
         needs_pool: ``fit`` needs the pool too (its statistics), and is given it as a re-iterable of texts.
         whole_pool: A document's score depends on the others in the pool (duplicates, clusters), so that
             :meth:`score_pool` is called once instead of :meth:`score` per batch.
-        score_name: Column that the chosen rows get.
+        decides: The method itself says what is dropped (by NaN), so that no limit such as ``top`` is needed.
+        score_name: Column for the score in a ``datasets.Dataset``; files always call it ``score``.
     """
 
     needs_target: ClassVar[bool]
     needs_pool: ClassVar[bool]
     whole_pool: ClassVar[bool]
+    decides: ClassVar[bool]
     score_name: ClassVar[str]
 
     def fit(self, target: Sequence[str], pool: Iterable[str] | None = None) -> Self:
@@ -91,6 +93,7 @@ class SelectorMixin:
     needs_target: ClassVar[bool] = True
     needs_pool: ClassVar[bool] = False
     whole_pool: ClassVar[bool] = False
+    decides: ClassVar[bool] = False
     score_name: ClassVar[str] = "score"
 
     # Set by select(). Not annotated on purpose: an annotation would make it an option of the dataclass.
@@ -142,7 +145,7 @@ class SelectorMixin:
         See :func:`modelwright.curation.select.select` for the arguments.
 
         Returns:
-            The chosen rows in rank order, with the columns :attr:`score_name` (float64) and ``rank`` (int64, from 0).
+            The chosen rows in rank order, with the columns :attr:`score_name` (float64) and ``rank`` (int64, 1 = best).
 
         Raises:
             UserError: A bad argument, or a column that is missing or does not hold text.
@@ -215,8 +218,8 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
             if hint is float:
                 return number
             if number.is_integer():
-                # A large integer must not pass through a float.
-                return int(value)
+                # 1e6 means a million, but a large integer must not pass through a float.
+                return int(number) if abs(number) < 2**53 else int(value)
         except (TypeError, ValueError):
             pass
         raise UserError(f"The {what} must be {'a whole number' if hint is int else 'a number'}, not {value!r}.")
