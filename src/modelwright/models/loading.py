@@ -67,7 +67,7 @@ def load_model(
     _check_causal(config, folder)
     target = resolve_device(device)
     try:
-        with _quiet_loading():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -175,7 +175,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     from safetensors import SafetensorError
 
     try:
-        with _quiet_loading():
+        with quiet():
             model.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -330,8 +330,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    # The library's table of differences and its bars say less than our sentence, on the user's terminal.
+def quiet() -> Iterator[None]:
+    """Silences the library's warnings and bars inside the block: our own sentences and bars say it."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

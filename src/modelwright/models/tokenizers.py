@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 #: The smallest vocabulary: the special tokens and the 256 bytes.
 SMALLEST = len(SPECIAL_TOKENS) + 256
+_LONG = 1 << 20
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -91,9 +93,37 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Returns the tokens of texts, without special tokens, however long the texts are."""
+    """Returns the tokens of texts, without special tokens.
+
+    A text of more than a million characters is tokenised in parts that end with a line.
+    """
+    pieces = [_pieces(text) for text in texts]
     # verbose=False: a document longer than the model's window is normal here, and is cut later.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    rows = iter(
+        tokenizer(
+            [piece for parts in pieces for piece in parts],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        if texts
+        else []
+    )
+    return [list(itertools.chain.from_iterable(itertools.islice(rows, len(parts)))) for parts in pieces]
+
+
+def _pieces(text: str) -> list[str]:
+    # A tokenizer needs some hundred bytes for each token of a text, so a very long one is cut, where a line ends.
+    if len(text) <= _LONG:
+        return [text]
+    parts, start = [], 0
+    while start < len(text):
+        end = start + _LONG
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        parts.append(text[start:end])
+        start = end
+    return parts
 
 
 def _byte_level(model: Any) -> Any:

@@ -1,0 +1,277 @@
+"""Training a causal language model: a new one of a named architecture, or a checkpoint further."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+
+from modelwright.errors import UserError
+from modelwright.files import read_json, write_json
+from modelwright.models.loading import quiet, resolve_device
+from modelwright.models.scoring import bits_per_byte, context_length
+from modelwright.progress import Progress, Silent
+from modelwright.training.options import TrainingOptions
+from modelwright.training.packing import PackedBlocks, as_batch
+from modelwright.training.trainer import CausalTrainer, Companion, latest_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What came of a run.
+
+    Attributes:
+        steps: Optimizer steps.
+        tokens: Tokens trained on, passes over the same data counted each time.
+        parameters: Parameters of the model.
+        train_seconds: Wall time of the steps, without evaluating and saving; over all parts of a resumed run.
+        final_loss: Mean training loss (nats a token) of the last row of the log.
+        bits_per_byte: Of the held-out text at the end; None without one.
+        log: Rows with step, tokens, loss, learning_rate, seconds, eval_bits_per_byte.
+    """
+
+    steps: int
+    tokens: int
+    parameters: int
+    train_seconds: float
+    final_loss: float
+    bits_per_byte: float | None
+    log: list[dict[str, float]]
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the result of the verb, without the log."""
+        found = {k: v for k, v in vars(self).items() if k not in ("log", "bits_per_byte")}
+        found["tokens_per_second"] = round(self.tokens / self.train_seconds, 1) if self.train_seconds else 0.0
+        if self.bits_per_byte is not None:
+            found["eval_bits_per_byte"] = self.bits_per_byte
+        return found
+
+
+def train(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    options: TrainingOptions,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    heldout: Sequence[str] = (),
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Trains ``model`` in place on packed blocks, with AdamW; leaves it in evaluation mode.
+
+    Args:
+        model: Any causal language model, in float32.
+        tokens: (tokens,) integers, as :func:`~modelwright.training.packing.tokenize` gives them.
+        options: The run's options.
+        tokenizer: Needed for ``heldout``.
+        heldout: Documents to evaluate on.
+        folder: Where checkpoints go and are resumed from; None keeps none.
+        progress: Shows steps and loss.
+
+    Raises:
+        UserError: The options do not fit each other, the data or the model; the loss is not finite; memory is full.
+        KeyboardInterrupt: Ctrl-C or SIGTERM (what the caller's handler of the signal raises); a checkpoint is in
+            ``folder``.
+    """
+    options.check()
+    _check_model(model, tokens, options)
+    progress = progress or Silent()
+    with contextlib.ExitStack() as stack:
+        work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modelwright-training-")))
+        stack.enter_context(quiet())
+        args = _arguments(options, work, len(tokens), bool(heldout), save=folder is not None)
+        total = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        companion = stack.enter_context(Companion(progress, options.save_minutes, can_save=folder is not None))
+        if options.gradient_checkpointing:
+            # Not by TrainingArguments: the option has another name in later versions.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            stack.callback(model.gradient_checkpointing_disable)
+        trainer = CausalTrainer(
+            options=options,
+            evaluate_with=_evaluator(tokenizer, heldout, options) if heldout else None,
+            model=model,
+            args=args,
+            train_dataset=PackedBlocks(tokens, options.block_size, total, options.seed),
+            eval_dataset=list(heldout) or None,
+            data_collator=as_batch,
+            callbacks=[companion],
+        )
+        try:
+            trainer.resume(latest_checkpoint(work))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"Memory is full at batches of {options.batch_size} x {options.block_size} tokens: use a smaller "
+                f"batch_size with more gradient_accumulation, or gradient_checkpointing."
+            ) from error
+    if companion.signal is not None:
+        signal.raise_signal(companion.signal)  # the caller's handler is in place again
+        raise KeyboardInterrupt
+    model.eval()
+    return _result(trainer, model)
+
+
+def _check_model(model: PreTrainedModel, tokens: np.ndarray, options: TrainingOptions) -> None:
+    longest = context_length(model)
+    if longest is not None and options.block_size > longest:
+        raise UserError(f"Blocks of {options.block_size} tokens do not fit the model, which takes at most {longest}.")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    top = int(tokens[: 1 << 24].max(initial=0))
+    if top >= vocabulary:
+        raise UserError(
+            f"The data hold token {top}, but the model knows only {vocabulary}: the tokenizer is another model's."
+        )
+    if model.dtype != torch.float32:
+        raise UserError(f"The model is in {model.dtype}: load it in float32; small updates are lost in fewer bits.")
+
+
+def _arguments(options: TrainingOptions, work: Path, tokens: int, evaluate: bool, save: bool) -> TrainingArguments:
+    device = resolve_device(options.device)
+    bf16 = options.precision == "bfloat16"
+    if options.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = options.total_steps(tokens, processes)
+    every = options.eval_every or steps
+    args = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        max_grad_norm=options.clip,
+        optim="adamw_torch_fused" if device.type in ("cpu", "cuda") else "adamw_torch",
+        seed=options.seed,
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        torch_compile=options.compile,
+        logging_strategy="steps",
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=every,
+        save_strategy="steps" if save and options.save_every else "no",
+        save_steps=options.save_every or steps,
+        save_total_limit=2,  # the one before stays until the newest is whole
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    # Several visible GPUs without torchrun would mean DataParallel, which is slow and changes the batch size.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def _evaluator(tokenizer: PreTrainedTokenizerBase | None, heldout: Sequence[str], options: TrainingOptions) -> Any:
+    if tokenizer is None:
+        raise UserError("Held-out text is given, but no tokenizer to read it with.")
+
+    def evaluate(model: Any) -> dict[str, float]:
+        return {
+            "eval_bits_per_byte": bits_per_byte(
+                model, tokenizer, heldout, window=options.block_size, batch_size=4 * options.batch_size
+            )
+        }
+
+    return evaluate
+
+
+def _result(trainer: CausalTrainer, model: PreTrainedModel) -> TrainingResult:
+    rows: list[dict[str, float]] = []
+    for entry in trainer.state.log_history:
+        kept = {
+            k: entry[k]
+            for k in ("step", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "eval_bits_per_byte")
+            if k in entry
+        }
+        if "loss" in kept or "eval_bits_per_byte" in kept:
+            if rows and rows[-1]["step"] == kept["step"]:
+                rows[-1] = {**kept, **rows[-1]}
+            else:
+                rows.append(kept)
+    return TrainingResult(
+        steps=trainer.state.global_step,
+        tokens=int(rows[-1]["tokens"]),
+        parameters=sum(p.numel() for p in model.parameters()),
+        train_seconds=round(trainer.clock.total, 4),
+        final_loss=next(r["loss"] for r in reversed(rows) if "loss" in r),
+        bits_per_byte=next((r["eval_bits_per_byte"] for r in reversed(rows) if "eval_bits_per_byte" in r), None),
+        log=rows,
+    )
+
+
+@contextlib.contextmanager
+def working_folder(output: Path, plan: dict[str, Any], force: bool, leader: bool = True) -> Iterator[Path]:
+    """Yields ``<output>.training``, where a run keeps what it needs to resume; the caller removes it when done.
+
+    Args:
+        output: The model folder that is being made.
+        plan: Everything that the result depends on; a run of another plan is not resumed.
+        force: Whether to discard such a run.
+        leader: Whether this is the process of a distributed run that writes.
+
+    Raises:
+        UserError: Another process is at work there, or the run there has another plan and ``force`` is off.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = output.with_name(output.name + ".training")
+    if not leader:
+        yield folder
+        return
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"Another process is training {output} at this moment: wait for it, or choose another output."
+        ) from error
+    try:
+        plan = json.loads(json.dumps(plan, default=str))
+        path = folder / "plan.json"
+        if folder.exists() and not path.exists():
+            shutil.rmtree(folder)  # cut short before anything was done
+        if path.exists() and (differing := _differences(read_json(path), plan)):
+            if not force:
+                raise UserError(
+                    f"{folder} holds an unfinished run with other options ({', '.join(differing)}): repeat that "
+                    f"command to finish it, or give --force to discard it."
+                )
+            shutil.rmtree(folder)
+        write_json(path, plan)
+        yield folder
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()
+
+
+def _differences(old: Any, new: dict[str, Any]) -> list[str]:
+    if not isinstance(old, dict):
+        return ["plan.json"]
+    return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+
+
+def as_options(source: Any) -> TrainingOptions:
+    """Picks the fields of :class:`TrainingOptions` from an object that has them, such as the verb."""
+    return TrainingOptions(**{f.name: getattr(source, f.name) for f in dataclasses.fields(TrainingOptions)})

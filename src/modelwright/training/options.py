@@ -1,0 +1,98 @@
+"""How to train: the numbers of a run, apart from model and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from modelwright.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Options of a run of AdamW on packed blocks.
+
+    Attributes:
+        steps: Optimizer steps; None if ``epochs`` or ``tokens`` says how long.
+        epochs: Passes over the data.
+        tokens: Tokens to train on; the last step is completed.
+        batch_size: Blocks per device and forward pass.
+        block_size: Tokens per block.
+        gradient_accumulation: Forward passes per step.
+        learning_rate: Peak learning rate.
+        schedule: Shape after the warm-up.
+        warmup: Warm-up, linear from 0: steps if 1 or more, else the fraction of all steps.
+        min_lr_ratio: Last learning rate over the peak, for ``cosine`` and ``linear``.
+        weight_decay: Decay of matrices (linear maps and embeddings); norms, biases and scalars have none.
+        beta1: Decay of the gradient's mean.
+        beta2: Decay of the gradient's square.
+        clip: Largest norm of the gradient; 0 for none.
+        seed: Seed of the order of data, of dropout and, from scratch, of the weights.
+        precision: ``auto`` is bfloat16 (autocast, weights in float32) where the accelerator has it, else float32.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        compile: Compile the model with ``torch.compile``.
+        log_every: Steps between rows of the log.
+        eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
+        save_every: Steps between checkpoints; 0 for none by steps.
+        save_minutes: Minutes between checkpoints; 0 for none by time.
+        device: ``auto``, ``cpu``, ``cuda`` …
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    tokens: int | None = None
+    batch_size: int = 8
+    block_size: int = 512
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    save_minutes: float = 5.0
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for the first option that makes no sense."""
+        given = [n for n in ("steps", "epochs", "tokens") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise UserError(
+                f"Say how long to train by one of steps, epochs or tokens (given: {', '.join(given) or 'none'})."
+            )
+        for name in (*given, "batch_size", "gradient_accumulation", "learning_rate", "log_every"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be greater than 0, not {getattr(self, name)}.")
+        if self.block_size < 2:
+            raise UserError(f"block_size must be at least 2, not {self.block_size}.")
+        for name in ("warmup", "weight_decay", "clip", "eval_every", "save_every", "save_minutes", "seed"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")
+        for name in ("beta1", "beta2", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
+
+    def total_steps(self, tokens: int, processes: int = 1) -> int:
+        """Returns the number of optimizer steps for a stream of ``tokens`` tokens."""
+        if self.steps is not None:
+            return self.steps
+        blocks_a_step = self.batch_size * self.gradient_accumulation * processes
+        if self.tokens is not None:
+            blocks = -(-self.tokens // self.block_size)
+        else:
+            assert self.epochs is not None
+            blocks = max(1, round(self.epochs * (tokens // self.block_size)))
+        return max(1, -(-blocks // blocks_a_step))
+
+    def warmup_steps(self, total: int) -> int:
+        """Returns the length of the warm-up in steps."""
+        return round(self.warmup if self.warmup >= 1 else self.warmup * total)
