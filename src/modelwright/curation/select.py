@@ -173,6 +173,9 @@ def select_with(
     rule = _rule(k, threshold, token_budget, byte_budget, length_buckets, dedup)
     check_rule(selector, rule)
     texts = _Column(dataset, text_column)
+    waiting = getattr(selector, "waiting_target", None)
+    if selector.needs_pool and waiting is not None:
+        selector.fit(waiting, texts)
     if selector.whole_pool:
         scores = np.array(selector.score_pool(texts, workers), dtype=np.float64)
         scores[[not text or text.isspace() for text in texts]] = np.nan

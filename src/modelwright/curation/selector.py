@@ -48,7 +48,9 @@ class Selector(Protocol):
 
         Args:
             target: Texts of the kind that is wanted.
-            pool: Texts of the pool, re-iterable and possibly larger than memory; only if ``needs_pool``.
+            pool: Texts of the pool, re-iterable and possibly larger than memory; only if ``needs_pool``. Without it,
+                such a method keeps the target in ``waiting_target``, and :meth:`SelectorMixin.select` fits it again
+                with the texts of its dataset.
 
         Raises:
             UserError: The target is empty or unusable.
@@ -98,6 +100,8 @@ class SelectorMixin:
 
     # Set by select(). Not annotated on purpose: an annotation would make it an option of the dataclass.
     _report = None
+    #: Targets of a fit that still waits for its pool.
+    waiting_target = None
 
     def fit(self, target: Sequence[str], pool: Iterable[str] | None = None) -> Self:
         """Nothing to learn, unless a method says otherwise."""
