@@ -41,11 +41,9 @@ class Draw:
 
     def sample(self, items: Sequence[T], n: int) -> list[T]:
         """Returns ``n`` of ``items`` from different places, in random order; made for ``n`` far below their number."""
-        places: list[int] = []
+        places: dict[int, None] = {}
         while len(places) < n:
-            place = self.below(len(items))
-            if place not in places:
-                places.append(place)
+            places.setdefault(self.below(len(items)))
         return [items[place] for place in places]
 
     def shuffled(self, items: Iterable[T]) -> list[T]:

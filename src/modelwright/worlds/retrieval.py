@@ -87,7 +87,7 @@ def retrieval(
             tokens included.
         keys: Keys in each prompt; all but one are distractors.
         values: Values of each key. With several, each has its own sentence and the question is for all of them; the
-            first stands at ``depth`` or the others may come before it.
+            sentence of one stands at ``depth``, those of the others anywhere.
         value_digits: Digits of a value.
         filler: ``noise`` (sentences that never repeat for long) or ``essay`` (one text of 300 words, repeated).
         intro: Beginning of every prompt.
@@ -98,7 +98,7 @@ def retrieval(
         UserError: A parameter is out of range, or a length is too short for what must be in the prompt.
     """
     parameters = locals().copy()
-    parameters["tokenizer"] = getattr(tokenizer, "name_or_path", None) and type(tokenizer).__name__
+    parameters["tokenizer"] = None if tokenizer is None else type(tokenizer).__name__
     parameters |= {"lengths": list(lengths), "depths": list(depths)}
     check_at_least(1, keys=keys, values=values, value_digits=value_digits, lengths=min(lengths, default=0))
     check_at_least(0, train_per_cell=train_per_cell, heldout_per_cell=heldout_per_cell)
@@ -111,6 +111,8 @@ def retrieval(
                 raise UserError(f"The {name} has no {mark} in it: write it where that belongs.")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise UserError(f"depths is {list(depths)}: give shares between 0 and 1.")
+    if value_digits > 15:
+        raise UserError(f"value_digits is {value_digits}: give at most 15.")
     if keys * values > 9 * 10 ** (value_digits - 1):
         raise UserError(f"{keys * values} values do not have {value_digits} digits each: make value_digits larger.")
     if (tokenizer is None) == (unit == "tokens"):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import platform
 import re
 import sysconfig
 import warnings
@@ -56,12 +57,12 @@ class StdlibWorld(World):
 
     @property
     def truth(self) -> dict[str, Any]:
-        """``target_kind``, and the topics of each split."""
+        """``target_kind``, the topics of each split, and the version of Python whose library it is."""
         topics = {
             name: sorted({row["name"] for row in rows if row["kind"] == "reference"})
             for name, rows in self.splits().items()
         }
-        return {"target_kind": "reference", "topics": topics}
+        return {"target_kind": "reference", "topics": topics, "python": platform.python_version()}
 
 
 def stdlib_text(
