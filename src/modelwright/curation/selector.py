@@ -98,10 +98,9 @@ class SelectorMixin:
     decides: ClassVar[bool] = False
     score_name: ClassVar[str] = "score"
 
-    # Set by select(). Not annotated on purpose: an annotation would make it an option of the dataclass.
-    _report = None
+    _report: SelectionReport | None = None
     #: Targets of a fit that still waits for its pool.
-    waiting_target = None
+    waiting_target: Sequence[str] | None = None
 
     def fit(self, target: Sequence[str], pool: Iterable[str] | None = None) -> Self:
         """Nothing to learn, unless a method says otherwise."""
