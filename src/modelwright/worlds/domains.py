@@ -275,7 +275,7 @@ class _Writer:
         """Returns ``length`` characters walked on the target's bigram chain, from the beginning of a function."""
         if self.chain is None:
             # Its own sample of the domain, so that no text of any split went into it.
-            self.chain = bigram_chain(self.prose("target", Draw(self.seed, "chain"), 60_000))
+            self.chain = bigram_chain(self.prose("target", Draw(self.seed, "chain"), 200_000))
         token = FUNCTION
         parts, size = ["def"], 3
         while size < length:
