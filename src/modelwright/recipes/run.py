@@ -203,7 +203,8 @@ class _Run:
             self._write("running")
             return True
         if kind == "refused":
-            raise self._plan.source.error(("steps", instance.step), f"the step '{instance.id}' failed: {event['text']}")
+            where = self._plan.source.where(("steps", instance.step))
+            raise UserError(f"{where}: the step '{instance.id}' failed: {event['text']}")
         if kind == "defect":
             raise StepFailed(
                 f"the step '{instance.id}' failed through a defect, {event['text']} (traceback in {event['path']})"

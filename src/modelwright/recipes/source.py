@@ -75,8 +75,8 @@ def read_source(name: str, folder: Path, text: str, overrides: Sequence[str] = (
         UserError: The YAML is malformed, a key stands twice, or an override names nothing.
     """
     source = Source(name, folder, text)
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         source.value = _construct(loader, node, (), source, ()) if node is not None else None
     except yaml.MarkedYAMLError as error:
@@ -85,8 +85,6 @@ def read_source(name: str, folder: Path, text: str, overrides: Sequence[str] = (
         raise UserError(f"{name}{line}: this is not valid YAML: {error.problem or error.context}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{name}: this is not valid YAML: {str(error).splitlines()[0]}.") from error
-    finally:
-        loader.dispose()
     if not isinstance(source.value, dict):
         raise UserError(f"{name}: a recipe is a mapping with the keys name and steps.")
     for override in overrides:
@@ -99,6 +97,8 @@ def _construct(loader: _Loader, node: yaml.Node, place: Place, source: Source, a
         raise UserError(f"{source.name}:{node.start_mark.line + 1}: this YAML alias contains itself.")
     above = (*above, id(node))
     source.lines.setdefault(place, node.start_mark.line + 1)
+    if not isinstance(node, yaml.ScalarNode) and node.tag.rsplit(":", 1)[-1] not in ("map", "seq"):
+        raise UserError(f"{source.name}:{node.start_mark.line + 1}: this is not valid YAML here: the tag {node.tag}.")
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*place, i), source, above) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
