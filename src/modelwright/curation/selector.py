@@ -98,7 +98,8 @@ class SelectorMixin:
     decides: ClassVar[bool] = False
     score_name: ClassVar[str] = "score"
 
-    _report: SelectionReport | None = None
+    # Any, because the hints of the options are evaluated, and the report's class is imported for typing only.
+    _report: Any = None
     #: Targets of a fit that still waits for its pool.
     waiting_target: Sequence[str] | None = None
 
