@@ -133,7 +133,8 @@ def _put(options: dict[str, Any], default: Any, key: str, value: Any) -> None:
         return
     if first not in options:
         now = getattr(default, first, None)
-        options[first] = dataclasses.asdict(now) if dataclasses.is_dataclass(now) else dict(now or {})  # type: ignore[arg-type]
+        # A dataclass fills in what is not given, and may do so by what is: value_residual.mode decides the others.
+        options[first] = {} if dataclasses.is_dataclass(now) else dict(now or {})
     inner = options[first]
     for name in rest[:-1]:
         inner = inner.setdefault(name, {})
