@@ -23,8 +23,8 @@ def print_result(document: Mapping[str, Any]) -> None:
         view = Table(title=Text(table.heading, style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0))
         view.add_column("variant")
         view.add_column("mean ± sd", justify="right", no_wrap=True)
-        view.add_column("ratio to the method", justify="right", no_wrap=True)
-        view.add_column("the method's gain", justify="right", no_wrap=True)
+        view.add_column("method ÷ variant", justify="right", no_wrap=True)
+        view.add_column("gain of the method", justify="right", no_wrap=True)
         for row in table.rows:
             style = "bold" if row.is_method else ""
             best = Text(row.value + (" *" if row.best else "  "), style=style)
@@ -39,9 +39,7 @@ def print_result(document: Mapping[str, Any]) -> None:
     console.print()
     console.print(bars)
     console.print(Text(f"\nVerdict: {document['verdict']}", style="bold"))
-    console.print(
-        Text("* best mean. Ratios are method / variant. A bar is met when the one-sided 95% lower bound is enough.")
-    )
+    console.print(Text("* best mean. A bar is met when the one-sided 95% lower bound is enough."))
     if document["notes"]:
         console.print(Text(f"Note: {document['notes']}"))
     console.print(Text(how(document), style="dim"))
