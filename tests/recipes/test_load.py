@@ -2,6 +2,7 @@
 # ruff: noqa: E501 - a mistake and its message are easier to read in one line
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +92,43 @@ def test_a_mistake_names_its_place(old, new, message, write, tmp_path):
     assert "\n" not in str(error.value)
 
 
+REPORT = (
+    GOOD
+    + """
+report:
+  compare:
+    - title: A
+      metric: number.result.value
+      rows: seed
+  samples: {step: sum}
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "number.result",
+            "nubmer.result",
+            "recipe.yaml:18: report.compare.0.metric: there is no step 'nubmer': did you mean 'number'",
+        ),
+        (
+            "rows: seed",
+            "rows: sede",
+            "recipe.yaml:19: report.compare.0.rows: the step 'number' has no dimension 'sede': did you mean 'seed'",
+        ),
+        ("step: sum", "step: sums", "recipe.yaml:20: report.samples.step: there is no step 'sums': did you mean 'sum'"),
+        ("number.result.value", "value", "recipe.yaml:18: report.compare.0.metric: "),
+    ],
+)
+def test_a_report_that_names_nothing_is_refused_before_the_run(old, new, message, write, tmp_path):
+    assert plan(write(REPORT), tmp_path)
+    with pytest.raises(UserError) as error:
+        plan(write(REPORT.replace(old, new)), tmp_path)
+    assert message in str(error.value)
+
+
 def test_a_circle_names_its_steps(write, tmp_path):
     recipe = """
     name: circle
@@ -150,6 +188,17 @@ def test_recipes_are_found_by_path_or_bundled_name(write, tmp_path, monkeypatch)
     ]:
         with pytest.raises(UserError, match=message):
             find_recipe(name)
+
+
+def test_the_recipe_in_the_documentation_is_valid(write, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    for name in ("pool", "target", "heldout"):
+        Path(f"{name}.jsonl").write_text("{}")
+    found = plan(write(example), tmp_path)
+    assert len(found.by_step["train"]) == 9
+    assert found.by_step["train"][0].needs[0].id == "select[method=zip-fit,seed=0]"
+    assert len(found.by_step["best"][0].candidates) == 6
 
 
 @pytest.mark.parametrize("name", bundled())

@@ -77,7 +77,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Loaded:
         raise _schema_error(source, error, Recipe) from error
     for name, step in checked.steps.items():
         _check_step(source, name, step)
-    _check_report(source)
+    _check_report(source, checked)
     return Loaded(checked, source)
 
 
@@ -154,12 +154,34 @@ def _check_step(source: Source, name: str, step: Step) -> None:
             raise source.error(place, f"'{step.uses}' needs the option '{missing}'.")
 
 
-def _check_report(source: Source) -> None:
+def _check_report(source: Source, recipe: Recipe) -> None:
     try:
         from modelwright.report.spec import ReportSpec
     except ImportError:  # a slim installation without the report
         return
     try:
-        ReportSpec.model_validate(source.value.get("report") or {})
+        ReportSpec.model_validate(recipe.report)
     except ValidationError as error:
         raise _schema_error(source, error, ReportSpec, ("report",)) from error
+    # A wrong name here would otherwise show only after the whole run.
+    for name, value in recipe.report.items():
+        for i, block in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(block, dict):
+                place = ("report", name, i) if isinstance(value, list) else ("report", name)
+                _check_block(source, recipe, place, block)
+
+
+def _check_block(source: Source, recipe: Recipe, place: Place, block: dict[str, Any]) -> None:
+    key = "metric" if "metric" in block else "step"
+    if not isinstance(block.get(key), str):
+        return
+    step = block[key].split(".")[0]
+    if step not in recipe.steps:
+        raise source.error((*place, key), f"there is no step '{step}': {did_you_mean(step, recipe.steps)}")
+    dimensions = recipe.steps[step].matrix
+    for option in ("rows", "columns", "over", "lines"):
+        given = block.get(option) or []
+        for dimension in given if isinstance(given, list) else [given]:
+            if dimension not in dimensions:
+                hint = did_you_mean(str(dimension), dimensions)
+                raise source.error((*place, option), f"the step '{step}' has no dimension '{dimension}': {hint}")
