@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelwright.worlds.domains import bigram_chain, domains, graded
+from modelwright.worlds.domains import _WORDS, bigram_chain, domains, graded
 
 
 def texts(rows):
@@ -85,6 +85,17 @@ def test_splits_share_no_function():
     everything = [unit for units in functions.values() for unit in units]
     assert len(everything) > 300
     assert len(set(everything)) == len(everything)
+
+
+def test_no_function_is_written_twice_even_when_there_are_few(monkeypatch):
+    def few_words(draw):
+        return dict(zip("abcf", "pqrs"), k=draw.between(1, 40), m=0)
+
+    monkeypatch.setitem(_WORDS, "target", few_words)
+    world = domains(0, pool_size=10, target_size=20, heldout_size=20, target_share=1, markov_share=0, max_chars=600)
+    units = [unit for rows in world.splits().values() for row in rows for unit in row["text"].split("\n\n")[:-1]]
+    assert len(units) > 40
+    assert len(set(units)) == len(units)
 
 
 def test_lengths_do_not_tell_the_kind():

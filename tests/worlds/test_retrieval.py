@@ -113,6 +113,15 @@ def test_exact_in_tokens(length):
     assert world.parameters["tokenizer"] == "Pieces"
 
 
+@pytest.mark.parametrize("length", [400, 401, 402, 403])
+def test_fewer_filler_words_when_padding_has_the_wrong_size(length):
+    def uneven(text):  # padding costs two tokens or none, so an odd gap needs another number of words
+        return {"input_ids": [0] * (2 * len(text.split()) + text.count("The "))}
+
+    world = retrieval(0, unit="tokens", tokenizer=uneven, lengths=[length], train_per_cell=4, heldout_per_cell=0)
+    assert {len(uneven(row["prompt"])["input_ids"]) for row in world.train} == {length}
+
+
 def test_a_tokenizer_that_cannot_hit_the_length():
     def even(text):
         return {"input_ids": [0] * (2 * len(text))}

@@ -167,7 +167,8 @@ def test_same_files_elsewhere(tmp_path, monkeypatch):
         "pydoc_data.topics",
         types.SimpleNamespace(
             topics={
-                f"t{t}": "\n".join(f"Topic {t} says sentence {i} about nothing." for i in range(90)) for t in range(12)
+                f"t{t}": "\n".join(f"Topic {t} says sentence {i} about nothing at all." for i in range(90))
+                for t in range(12)
             }
         ),
     )
@@ -176,9 +177,14 @@ def test_same_files_elsewhere(tmp_path, monkeypatch):
         for module in range(4):
             path = tmp_path / folder / f"m{module}.py"
             path.parent.mkdir(exist_ok=True)
-            docs = "\n".join(f"Module {module} has a line {i} of documentation in it." for i in range(300))
+            lines = [f"Module {module} has a line {i} of documentation in it." for i in range(300)]
+            # Here a docstring quotes every topic, so some of it quotes the held-out ones.
+            lines[50:250:10] = [f"Topic {i % 12} says sentence {i} about nothing at all." for i in range(20)]
+            docs = "\n".join(lines)
             path.write_text(f'"""{docs}\n"""\ndef f{module}():\n{body}\n'.replace("value", f"value{module}"))
-        prints.append(
-            stdlib_text(0, pool_chunks=60, target_chunks=6, heldout_chunks=6, root=tmp_path / folder).fingerprint()
-        )
-    assert prints == ["6b855e297f570ec06374aac9edb5124cb6e17dfe8dbd95725273d2a3e3b7c9ef"] * 2
+        sizes = {"pool_chunks": 60, "target_chunks": 6, "heldout_chunks": 6, "docstring_share": 0.7}
+        world = stdlib_text(0, **sizes, root=tmp_path / folder)
+        lines = [long_lines(rows) for rows in world.splits().values()]
+        assert len(set().union(*lines)) == sum(map(len, lines))
+        prints.append(world.fingerprint())
+    assert prints == ["201c058803cef7bef2770708498d87aa490ccbebc394e7a3e5e2abfe7b6ca2ea"] * 2
