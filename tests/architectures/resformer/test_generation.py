@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from architectures.resformer.small_models import SIZES, VARIANTS, build, llama, tokens
 from transformers import DynamicCache, StaticCache
 
+from architectures.resformer.small_models import SIZES, VARIANTS, build, llama, tokens
 from modelwright.architectures.resformer import ResFormerConfig, SharedValueCache, kv_cache_bytes
 from modelwright.errors import UserError
 
@@ -80,9 +80,8 @@ def test_cache_bytes_count_what_is_held():
     assert isinstance(cache, SharedValueCache)
     one = IDS.numel() * SIZES["num_key_value_heads"] * model.config.head_dim * 4
     assert cache.get_kv_bytes() == 5 * one  # keys of 4 layers, values of one
-    stored = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for l in cache.layers for t in (l.keys, l.values)
-    }
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert sum(stored.values()) == 5 * one  # nothing hides behind a view
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from architectures.resformer.small_models import (
     SIZES,
     VARIANTS,

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from architectures.resformer.small_models import VARIANTS, build, loss_of, tokens
 from transformers import Trainer, TrainingArguments
+
+from architectures.resformer.small_models import VARIANTS, build, loss_of, tokens
 
 IDS = tokens()
 
@@ -31,7 +32,15 @@ def test_gradient_checkpointing_changes_nothing(variant, reentrant):
 
 
 @pytest.mark.parametrize(
-    "variant", ["identity", "learnable-plus", "token-gate", "svformer", "cla2", "neutreno-resformer"]
+    "variant",
+    [
+        "identity",
+        "svformer",
+        *(
+            pytest.param(v, marks=pytest.mark.slow)
+            for v in ("learnable-plus", "token-gate", "cla2", "neutreno-resformer")
+        ),
+    ],
 )
 def test_compiles_as_one_graph(variant):
     model = build(variant).train()

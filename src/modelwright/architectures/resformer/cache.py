@@ -20,7 +20,7 @@ class SharedValueCache(DynamicCache):
     """Keys of every layer, values of the anchor layers only: SVFormer's cache.
 
     At any length it takes ``(N + 1) / (2 N)`` of the bytes of a plain cache with one anchor in N layers. Everything
-    that ``generate`` asks of a cache (crop, reorder, select, repeat, reset) is inherited.
+    that ``generate`` asks of a cache (crop, reorder, select, repeat, reset) is there.
 
     Args:
         config: Configuration of the model (:class:`SVFormerConfig`).
@@ -62,10 +62,26 @@ class SharedValueCache(DynamicCache):
                 f"layer {layer_idx} must {'' if value_states is None else 'not '}bring values: {self.value_layers=}"
             )
         if value_states is None:
-            # Values of width 0: every inherited operation works on them, and they take no memory.
+            # Values of width 0: every operation on them works, and they take no memory.
             value_states = key_states.new_empty((*key_states.shape[:-1], 0))
         keys, _ = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, self.layers[self._anchor_of[layer_idx]].values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens.
+
+        Args:
+            tokens_to_remove: Minus their number, as in every cache of transformers 5.
+        """
+        for layer in self.layers:
+            if layer.is_initialized:  # transformers before 5.20 stumbles over a layer that stores nothing
+                layer.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Drops everything; transformers before 5.20 would keep zeros of the same length instead."""
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
 
     def values_of(self, layer_idx: int) -> torch.Tensor:
         """Returns the values that a layer attends over, ``(batch, kv_heads, tokens, head_dim)``."""
