@@ -37,8 +37,8 @@ TEXTS = {
     "to be encapsulated for convenient reuse.\n\n"
     "   with_stmt ::= 'with' ( '(' with_stmt_contents ','? ')' | contents ) ':' suite\n",
     "docstring": "Return a list of the words in the string, using sep as the delimiter string.\n\nIf maxsplit is "
-    "given, at most maxsplit splits are done (thus, the list will have at most maxsplit+1 elements). If maxsplit is not "
-    "given, or -1, then there is no limit on the number of splits (all possible splits are made).\n",
+    "given, at most maxsplit splits are done (thus, the list will have at most maxsplit+1 elements). If maxsplit is "
+    "not given, or -1, then there is no limit on the number of splits (all possible splits are made).\n",
     "code": "def _parse_args(self, args):\n    if not args:\n        return ()\n    for i, arg in enumerate(args):\n"
     "        if isinstance(arg, str) and arg.startswith('--'):\n            yield i, arg[2:].partition('=')[::2]\n" * 2,
     "tests": "    def test_empty(self):\n        self.assertEqual(list(self.parse('')), [])\n        "
@@ -122,9 +122,10 @@ def make_run(
         place = folder / "steps" / identity
         place.mkdir(parents=True, exist_ok=True)
         entry = {"id": identity, "step": name, "verb": verb, "at": at, "options": {}, "folder": f"steps/{identity}"}
+        entry |= {"seconds": seconds, "cached": name == "world"}
         if done:
             (place / "result.json").write_text(json.dumps(result))
-            entry |= {"result": result, "seconds": seconds, "cached": name == "world"}
+            entry["result"] = result
         steps.append(entry)
         return place
 
@@ -138,9 +139,15 @@ def make_run(
                 "pool_documents": 3000,
                 "tokens": 61000 + rng.randrange(900),
                 "seconds": 0.4 + rng.random() * 3,
-                "length_correlation": None if method in ("random", "oracle") else -0.6 + rng.random() * 0.4,
+                "length_correlation": {
+                    "spearman": None if method in ("random", "oracle") else -0.6 + rng.random() * 0.4
+                },
+                "bytes_per_document": {"pool": 830.0, "chosen": 700 + rng.random() * 100},
+                "contamination": {"contaminated_documents": rng.randrange(3)},
                 "precision": counts["reference"] / len(rows),
+                "recall": counts["reference"] / 310,
                 "groups": counts,
+                "pool_groups": {"reference": 310, "docstring": 900, "code": 1000, "tests": 790},
             }
             place = step("select", "select", {"method": method, "seed": seed}, result, result["seconds"])
             _write(place / "chosen.jsonl", rows)
@@ -160,19 +167,24 @@ def make_run(
     best = {"method": "zip-fit", "architecture": "resformer-2-1"}
     place = step("write", "generate", best, {"texts": 2}, 1.7)
     _write(
-        place / "generated.jsonl",
+        place / "completions.jsonl",
         [
             {
                 "prompt": "The 'while' statement",
-                "text": " is used for the object is the value of the 'class' of a name.",
+                "completion": " is used for the object is the value of the 'class' of a name.",
             },
-            {"prompt": "A function definition", "text": " defines the following the argument, the expression list is."},
+            {
+                "prompt": "A function definition",
+                "completion": " defines the following the argument, the expression list is.",
+            },
         ],
     )
     run = {
         "format": 1,
         "name": "quickstart",
         "title": title,
+        "status": "done" if finished else "interrupted",
+        "planned": len(steps),
         "recipe": {"name": "quickstart"},
         "recipe_text": RECIPE,
         "started": "2025-11-21T08:04:00+00:00",

@@ -144,8 +144,8 @@ def test_every_string_is_escaped(tmp_path):
         if step["step"] in ("world", "write"):
             step["step"] = step["step"] + EVIL
     (folder / "run.json").write_text(json.dumps(run))
-    (folder / "steps" / "write-zip-fit-resformer-2-1" / "generated.jsonl").write_text(
-        json.dumps({"prompt": EVIL, "text": EVIL})
+    (folder / "steps" / "write-zip-fit-resformer-2-1" / "completions.jsonl").write_text(
+        json.dumps({"prompt": EVIL, "completion": EVIL})
     )
     text = render(folder).read_text(encoding="utf-8")
     check_page(text)
@@ -156,7 +156,7 @@ def test_every_string_is_escaped(tmp_path):
     run["report"] = {}
     for step in run["steps"]:
         step["at"] = {f"{k}{EVIL}": f"{v}{EVIL}" for k, v in step["at"].items()}
-        step["result"] = {f"{k}{EVIL}": f"{v or 0}{EVIL}" for k, v in step["result"].items()}
+        step["result"] = {f"{k}{EVIL}": f"{json.dumps(v)}{EVIL}" for k, v in step["result"].items()}
     (folder / "run.json").write_text(json.dumps(run))
     text = render(folder).read_text(encoding="utf-8")
     check_page(text)
@@ -175,15 +175,16 @@ def test_an_unfinished_run(tmp_path):
     folder = make_run(tmp_path / "run", finished=False, **SMALL)
     text = render(folder).read_text(encoding="utf-8")
     check_page(text)
-    assert "The run is not finished: 8 of" in words(text)
+    assert "The run is not finished (it was stopped): 8 of" in words(text)
     assert "over 2 seeds" in words(text)
 
 
 def test_a_run_that_has_hardly_begun(tmp_path):
     folder = make_run(tmp_path / "run", **SMALL)
     run = json.loads((folder / "run.json").read_text())
-    for keep in (0, 1, 2):
+    for keep in (2, 1, 0):
         run["steps"] = run["steps"][:keep]
+        run["planned"] = 12
         (folder / "run.json").write_text(json.dumps({k: v for k, v in run.items() if k not in ("seconds", "machine")}))
         text = render(folder).read_text(encoding="utf-8")
         check_page(text)
@@ -247,15 +248,11 @@ def test_torn_and_missing_files(tmp_path):
     assert "no finished 'train' step has 'tokens' and 'loss'" in words(render(folder).read_text(encoding="utf-8"))
 
 
-def test_near_misses_are_shown(tmp_path):
-    folder = make_run(tmp_path / "run", **SMALL)
-    run = json.loads((folder / "run.json").read_text())
-    for step in run["steps"]:
-        if step["step"] == "select":
-            step["result"]["near_misses"] = [{"text": "just missed", "score": 0.2, "kind": "code", "rank": 301}]
-    (folder / "run.json").write_text(json.dumps(run))
-    said = words(render(folder).read_text(encoding="utf-8"))
-    assert "Left out by the smallest margin: Rank 301 · score 0.2000 · code (not wanted) · 11 bytes just missed" in said
+def test_the_pool_and_the_line_are_shown(full):
+    said = words(full[1])
+    assert "(the whole pool): language reference 10%" in said
+    assert re.search(r"the last that it took: Rank 299 · score 0\.\d{4} · (code|docstring|tests) \(not wanted\)", said)
+    assert "Shared with held-out counts" in said
 
 
 def test_the_home_folder_is_not_told(tmp_path, monkeypatch):

@@ -79,8 +79,8 @@ def build_page(run: Run) -> Page:
         page.title, page.question = page.question, ""
     if run.unfinished:
         page.notices.append(
-            f"The run is not finished: {run.unfinished} of {run.unfinished + len(run.steps)} steps have no result yet. "
-            "What follows is drawn from the others."
+            f"The run is not finished{_status(raw)}: {run.unfinished} of {run.unfinished + len(run.steps)} steps "
+            "have no result yet. What follows is drawn from the others."
         )
     palette = sections.Palette(run, spec.labels)
     for i, comparison in enumerate(spec.compare):
@@ -100,6 +100,15 @@ def build_page(run: Run) -> Page:
     page.making = sections.making(run)
     sections.add_tiles(page, run)
     return page
+
+
+def _status(raw: Mapping[str, Any]) -> str:
+    said = {
+        "running": "it was still running when this was drawn",
+        "failed": "a step failed",
+        "interrupted": "it was stopped",
+    }
+    return f" ({said[raw['status']]})" if raw.get("status") in said else ""
 
 
 class _noticing:

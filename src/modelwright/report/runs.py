@@ -55,7 +55,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder's ``run.json`` and its steps that have a result."""
+    """A run folder's ``run.json`` and its steps that have a result.
+
+    Attributes:
+        folder: The run's folder.
+        raw: What ``run.json`` holds.
+        steps: Steps with a result, in the order of the recipe.
+        unfinished: How many steps have none yet.
+    """
 
     folder: Path
     raw: Mapping[str, Any]
@@ -103,6 +110,9 @@ def load_run(folder: Path) -> Run:
                 folder=place,
             )
         )
+    planned = raw.get("planned")
+    if isinstance(planned, int):
+        unfinished = max(unfinished, planned - len(steps))
     return Run(folder, raw, tuple(steps), unfinished)
 
 

@@ -12,7 +12,7 @@ from modelwright.errors import UserError
 from modelwright.report import figures
 from modelwright.report.compare import Difference, Key, Table, answer, build_table, plural
 from modelwright.report.runs import Run, Step, read_rows
-from modelwright.report.selections import Choice, gather
+from modelwright.report.selections import FACTS, Choice, gather
 from modelwright.report.spec import Compare, Curves, Samples, Selections
 from modelwright.verify.statistics import Sample, mean_and_spread, number
 from modelwright.verify.view import minutes
@@ -279,26 +279,27 @@ def selection(run: Run, spec: Selections, palette: Palette) -> dict[str, Any]:
     choices = gather(run, spec)
     if not choices:
         raise UserError(f"No step '{spec.step}' has finished, so there is no selection to show yet.")
-    names = list(dict.fromkeys(g for c in choices for g in (*c.shares, *c.scores)))
+    names = list(dict.fromkeys(g for c in choices for g in (*c.shares, *c.pool_shares, *c.scores)))
     if spec.target in names:
         names.remove(spec.target)
         names.insert(0, spec.target)
     for group in names:
         palette.series("\0group", group)
-    shown = [c for c in choices if c.shares]
+    shown = [(palette.label(c.row), c.shares) for c in choices if c.shares]
+    pool = next((c.pool_shares for c in choices if c.pool_shares), None)
+    shown += [("(the whole pool)", pool)] if shown and pool else []
     composition = None
     if shown:
-        parts = [(palette.series("\0group", g), [c.shares.get(g, 0.0) for c in shown]) for g in names]
+        parts = [(palette.series("\0group", g), [shares.get(g, 0.0) for _, shares in shown]) for g in names]
         said = [
-            f"{palette.label(c.row)}: " + ", ".join(f"{palette.label(g)} {s:.0f}%" for g, s in c.shares.items())
-            for c in shown
+            f"{row}: " + ", ".join(f"{palette.label(g)} {n:.0f}%" for g, n in shares.items()) for row, shares in shown
         ]
         composition = figures.stacked(
             "composition",
             f"Share of each {spec.group} among the chosen documents. {'; '.join(said)}.",
-            [palette.label(c.row) for c in shown],
+            [row for row, _ in shown],
             parts,
-            "share of the chosen documents (%)",
+            "share of the documents (%)",
         )
     return {
         "composition": composition,
@@ -311,30 +312,18 @@ def selection(run: Run, spec: Selections, palette: Palette) -> dict[str, Any]:
             for i, c in enumerate(choices)
             if len({x for scores in c.scores.values() for x in scores}) > 1
         ],
-        "methods": [
-            {"label": palette.label(c.row), "top": c.top, "misses": c.misses} for c in choices if c.top or c.misses
-        ],
+        "methods": [{"label": palette.label(c.row), "top": c.top, "last": c.last} for c in choices if c.top],
         "label": palette.label,
     }
 
 
 def _facts(choices: Sequence[Choice], palette: Palette) -> dict[str, Any]:
-    columns = [
-        ("precision", "precision", 2),
-        ("documents", "documents", 0),
-        ("tokens", "tokens", 0),
-        ("length_correlation", "score–length correlation", 2),
-        ("seconds", "seconds", 2),
-    ]
-    kept = [c for c in columns if any(getattr(choice, c[0]) for choice in choices)]
+    kept = [(name, digits) for name, _, digits in FACTS if any(name in c.facts for c in choices)]
     rows = [
-        {
-            "label": palette.label(c.row),
-            "cells": [_fact(getattr(c, key), digits) for key, _, digits in kept],
-        }
+        {"label": palette.label(c.row), "cells": [_fact(c.facts.get(name), digits) for name, digits in kept]}
         for c in choices
     ]
-    return {"columns": [title for _, title, _ in kept], "rows": rows}
+    return {"columns": [name for name, _ in kept], "rows": rows}
 
 
 def _fact(sample: Sample | None, digits: int) -> str:
@@ -368,14 +357,10 @@ def samples(run: Run, spec: Samples, palette: Palette) -> list[dict[str, Any]]:
     for step in steps:
         for path in sorted(step.folder.rglob("*.jsonl")) if step.folder.is_dir() else []:
             for row in read_rows(path, spec.limit):
-                if isinstance(row.get(spec.text), str):
-                    found.append(
-                        {
-                            "where": ", ".join(palette.label(str(v)) for v in step.at.values()),
-                            "prompt": str(row.get(spec.prompt, "")),
-                            "text": row[spec.text],
-                        }
-                    )
+                text = row.get(spec.text)
+                if isinstance(text, str):
+                    where = ", ".join(palette.label(str(v)) for v in step.at.values())
+                    found.append({"where": where, "prompt": str(row.get(spec.prompt, "")), "text": text})
     return found[: spec.limit]
 
 
@@ -444,9 +429,17 @@ def making(run: Run) -> dict[str, Any]:
         "versions": {str(k): str(v) for k, v in (raw.get("versions") or {}).items()},
         "machine": {_MACHINE.get(str(k), str(k)): str(v) for k, v in (raw.get("machine") or {}).items()},
         "started": str(raw.get("started") or "").replace("T", " ").replace("+00:00", " UTC"),
-        "seconds": minutes(float(raw["seconds"])) if isinstance(raw.get("seconds"), (int, float)) else "",
+        "took": _took(run),
+        "overrides": ", ".join(str(o) for o in raw.get("overrides") or []),
         "seeds": ", ".join(_seeds(run)),
     }
+
+
+def _took(run: Run) -> str:
+    seconds, kept = run.raw.get("seconds"), sum(s.cached for s in run.steps)
+    if not isinstance(seconds, (int, float)):
+        return ""
+    return minutes(seconds) + (f", with {kept} of {len(run.steps)} steps kept from before" if kept else "")
 
 
 def _seeds(run: Run) -> list[str]:

@@ -30,18 +30,38 @@ class Document:
 
 @dataclass
 class Choice:
-    """What one method chose, over its repetitions; documents and scores are those of the first."""
+    """What one method chose, over its repetitions; documents and scores are those of the first.
+
+    Attributes:
+        row: The method.
+        shares: Percentage of the chosen documents by group.
+        pool_shares: The same of the pool.
+        facts: Numbers by name; see :data:`FACTS`.
+        top: The first documents.
+        last: The last that were taken: where the method drew its line.
+        scores: Scores by group.
+    """
 
     row: str
     shares: dict[str, float]
-    precision: Sample | None
-    length_correlation: Sample | None
-    documents: Sample | None
-    tokens: Sample | None
-    seconds: Sample | None
+    pool_shares: dict[str, float]
+    facts: dict[str, Sample]
     top: list[Document] = field(default_factory=list)
-    misses: list[Document] = field(default_factory=list)
+    last: list[Document] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
+
+
+#: Heading, paths in a selection's result of which the first that is there is shown, and digits.
+FACTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("precision", ("precision",), 2),
+    ("recall", ("recall",), 2),
+    ("documents", ("documents",), 0),
+    ("tokens", ("tokens",), 0),
+    ("bytes per document", ("bytes_per_document.chosen",), 0),
+    ("score–length correlation", ("length_correlation.spearman", "length_correlation"), 2),
+    ("shared with held-out", ("contamination.contaminated_documents",), 1),
+    ("seconds", ("seconds",), 1),
+)
 
 
 def gather(run: Run, spec: Selections) -> list[Choice]:
@@ -53,21 +73,18 @@ def gather(run: Run, spec: Selections) -> list[Choice]:
 
 
 def _choice(row: str, steps: Sequence[Step], spec: Selections) -> Choice:
-    def sample(path: str) -> Sample | None:
-        values = [v for s in steps if (v := s.number(path)) is not None]
-        return Sample.of(values) if values else None
-
-    shares = [_shares(s, spec) for s in steps]
-    shares = [s for s in shares if s]
-    groups = list(dict.fromkeys(g for s in shares for g in s))
+    facts = {}
+    for name, paths, _ in FACTS:
+        values = [
+            v for s in steps if (v := next((n for p in paths if (n := s.number(p)) is not None), None)) is not None
+        ]
+        if values:
+            facts[name] = Sample.of(values)
     choice = Choice(
         row=row,
-        shares={g: sum(s.get(g, 0.0) for s in shares) / len(shares) for g in groups},
-        precision=sample("precision"),
-        length_correlation=sample("length_correlation"),
-        documents=sample("documents"),
-        tokens=sample("tokens"),
-        seconds=sample("seconds"),
+        shares=_mean([_chosen_shares(s, spec) for s in steps]),
+        pool_shares=_mean([_percentages(s.result.get("pool_groups")) for s in steps]),
+        facts=facts,
     )
     path = steps[0].find(spec.file)
     if path is not None:
@@ -78,25 +95,27 @@ def _choice(row: str, steps: Sequence[Step], spec: Selections) -> Choice:
                 choice.scores.setdefault(str(chosen.get(spec.group, "?")), []).append(score)
         ranked = sorted(rows, key=_rank)
         choice.top = [_document(r, spec) for r in ranked[: spec.documents]]
-    misses = steps[0].result.get("near_misses")
-    if isinstance(misses, list):
-        choice.misses = [_document(m, spec) for m in misses[: spec.documents] if isinstance(m, Mapping)]
+        choice.last = [_document(r, spec) for r in ranked[spec.documents :][-2:] if spec.documents]
     return choice
 
 
-def _shares(step: Step, spec: Selections) -> dict[str, float]:
+def _chosen_shares(step: Step, spec: Selections) -> dict[str, float]:
     """Returns percentages by group, from the result's counts or else from the chosen rows."""
-    groups = step.result.get("groups")
-    counts: Counter[str] = Counter()
-    if isinstance(groups, Mapping):
-        for group, value in groups.items():
-            number = value.get("chosen") if isinstance(value, Mapping) else value
-            if isinstance(number, (int, float)):
-                counts[str(group)] += int(number)
-    elif (path := step.find(spec.file)) is not None:
-        counts.update(str(row[spec.group]) for row in read_rows(path) if spec.group in row)
-    total = sum(counts.values())
-    return {group: 100 * n / total for group, n in counts.items()} if total else {}
+    path = step.find(spec.file)
+    if "groups" in step.result or path is None:
+        return _percentages(step.result.get("groups"))
+    return _percentages(Counter(str(row[spec.group]) for row in read_rows(path) if spec.group in row))
+
+
+def _percentages(counts: Any) -> dict[str, float]:
+    numbers = {str(g): n for g, n in counts.items() if isinstance(n, int)} if isinstance(counts, Mapping) else {}
+    total = sum(numbers.values())
+    return {group: 100 * n / total for group, n in numbers.items()} if total else {}
+
+
+def _mean(shares: Sequence[dict[str, float]]) -> dict[str, float]:
+    known = [s for s in shares if s]
+    return {g: sum(s.get(g, 0.0) for s in known) / len(known) for g in dict.fromkeys(g for s in known for g in s)}
 
 
 def _rank(row: Mapping[str, Any]) -> float:

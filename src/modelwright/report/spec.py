@@ -69,7 +69,7 @@ class Selections(_Block):
     target: str | None = Field(None, description="The group that is wanted.")
     text_field: str = "text"
     file: str = Field("chosen.jsonl", description="Name of the chosen rows' file, anywhere in the step's folder.")
-    documents: int = Field(3, ge=0, le=50, description="Top documents shown per method.")
+    documents: int = Field(3, ge=0, le=50, description="Documents shown per method: its first, and its last two.")
 
 
 class Samples(_Block):
@@ -77,7 +77,7 @@ class Samples(_Block):
 
     step: str
     prompt: str = Field("prompt", description="Field of the prompt.")
-    text: str = Field("text", description="Field of the continuation.")
+    text: str = Field("completion", description="Field of the continuation.")
     limit: int = Field(6, ge=1, le=100)
 
 
