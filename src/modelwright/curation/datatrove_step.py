@@ -32,7 +32,7 @@ _POSITION = "position_in_file"
 
 
 class KeepBest(PipelineStep):
-    """Yields the best-scored documents, best first, with their ``rank`` (1 = best) in the metadata.
+    """Yields the best-scored documents, best first, with their ``selected_rank`` (1 = best) in the metadata.
 
     Documents need ``score`` in their metadata, as :class:`ScoreFilter` leaves it. Memory holds about twice what is
     kept.
@@ -71,7 +71,8 @@ class KeepBest(PipelineStep):
         top = None if self.rule.top is None else min(self.rule.top, len(kept))
         rule = replace(self.rule, top=top)
         for place, i in enumerate(choose(rule=rule, **self._arrays(kept)).tolist(), 1):
-            kept[i].metadata["rank"] = place
+            # Not "rank": datatrove's writers fill ${rank} in a file name from the metadata.
+            kept[i].metadata["selected_rank"] = place
             yield kept[i]
 
     def _candidates(self, documents: Iterable[Document]) -> list[Document]:
