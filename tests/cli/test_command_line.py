@@ -46,7 +46,7 @@ def test_list_and_show_and_their_json():
     listing = modelwright("list")
     assert "zip-fit" in listing.stdout
     assert "curation" in listing.stdout
-    rows = {row["name"]: row for row in json.loads(modelwright("list", "--json").stdout)}
+    rows = {row["name"]: row for row in json.loads(modelwright("list", "--json").stdout)["methods"]}
     assert rows["zip-fit"]["stage"] == "curation"
     shown = modelwright("show", "resformer").stdout
     for part in ("What for", "When not", "Python", "The paper's numbers", "Our numbers"):

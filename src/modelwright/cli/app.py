@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,27 +11,19 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from modelwright import __version__
 from modelwright.cli.from_verb import build_command
-from modelwright.cli.guard import guarded
 
 #: Commands that are not verbs: they look at the project and do no work on anyone's data.
 _PLAIN: dict[str, str] = {
-    "list": "modelwright.cli.list_methods:list_methods",
-    "show": "modelwright.cli.show_method:show_method",
-    "doctor": "modelwright.cli.doctor:doctor",
+    "list": "modelwright.cli.list_methods:ListMethods",
+    "show": "modelwright.cli.show_method:ShowMethod",
+    "doctor": "modelwright.cli.doctor:Doctor",
 }
 
 
-def _import(target: str) -> Any:
-    module, attribute = target.split(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def _plain_command(target: str) -> Any:
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(guarded(_import(target)))
-    return typer.main.get_command(app)
+    module, attribute = target.split(":")
+    return build_command(getattr(importlib.import_module(module), attribute))
 
 
 def _lazy_group(name: str, help_text: str, commands: Mapping[str, Callable[[], Any]]) -> Any:
@@ -56,7 +48,13 @@ def _lazy_group(name: str, help_text: str, commands: Mapping[str, Callable[[], A
             return super().resolve_command(ctx, args)
 
     app = typer.Typer(
-        cls=LazyGroup, name=name, help=help_text, add_completion=False, rich_markup_mode=None, no_args_is_help=True
+        cls=LazyGroup,
+        name=name,
+        help=help_text,
+        add_completion=False,
+        rich_markup_mode=None,
+        no_args_is_help=True,
+        context_settings={"max_content_width": 110},
     )
 
     @app.callback()
@@ -72,8 +70,13 @@ def _selector_command(method: str) -> Any:
     from modelwright.catalog import load
     from modelwright.verbs import load_verb
 
+    selector = load("selectors", method)
     return build_command(
-        load_verb("select"), fixed={"method": method}, extra=load("selectors", method), extra_field="options"
+        load_verb("select"),
+        fixed={"method": method},
+        extra=selector,
+        extra_field="options",
+        help_text=inspect.getdoc(selector) or "",
     )
 
 
@@ -113,10 +116,6 @@ _HELP = """Published methods for language models, on your own Hugging Face model
 Start with: modelwright run quickstart. Each command below explains itself with --help."""
 
 
-def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 a defect of ours, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    if sys.argv[1:] in (["--version"], ["-V"]):
-        sys.stdout.write(f"modelwright {__version__}\n")
-        return
-    command = _lazy_group("modelwright", _HELP, _commands())
-    command(prog_name="modelwright")
+def run_command_line() -> None:
+    """Reads the arguments and runs the command they name."""
+    _lazy_group("modelwright", _HELP, _commands())(prog_name="modelwright")

@@ -88,7 +88,12 @@ def _parameters(cls: type, skip: set[str]) -> tuple[list[inspect.Parameter], set
 
 
 def build_command(
-    verb: type, *, fixed: dict[str, Any] | None = None, extra: type | None = None, extra_field: str = ""
+    verb: type,
+    *,
+    fixed: dict[str, Any] | None = None,
+    extra: type | None = None,
+    extra_field: str = "",
+    help_text: str = "",
 ) -> Any:
     """Returns the click command of a verb.
 
@@ -97,6 +102,7 @@ def build_command(
         fixed: Fields that the command's name decides, so they are not options.
         extra: A second dataclass whose fields become options too, such as a selector's own.
         extra_field: The verb's dict field that receives the fields of ``extra`` which differ from their defaults.
+        help_text: Help, instead of the verb's docstring.
     """
     fixed = fixed or {}
     parameters, pairs = _parameters(verb, skip={*fixed, extra_field})
@@ -138,9 +144,9 @@ def build_command(
     hidden = inspect.Signature(parameters + extra_parameters)
     command.__signature__ = hidden  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in hidden.parameters.values()}
-    command.__doc__ = inspect.getdoc(verb)
+    command.__doc__ = help_text or inspect.getdoc(verb)
     command.__name__ = verb.__name__
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings={"max_content_width": 110})
     app.command(no_args_is_help=any(p.default is inspect.Parameter.empty for p in parameters))(guarded(command))
     return typer.main.get_command(app)
 

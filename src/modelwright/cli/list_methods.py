@@ -4,58 +4,56 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import Annotated
-
-import typer
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from modelwright.catalog import STAGES, cards
 from modelwright.errors import UserError, did_you_mean
+from modelwright.progress import Progress
+from modelwright.verbs.base import Arg
+from modelwright.verify.results import latest
 
 
-def list_methods(
-    stage: Annotated[str, typer.Option("--stage", help="Only this stage, such as curation.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List the methods by stage, with the status of each claim."""
-    from modelwright.verify.results import latest
+@dataclass(kw_only=True)
+class ListMethods:
+    """List the methods by stage, with the verdict of each claim."""
 
-    chosen = [card for card in cards().values() if not stage or card.stage == stage]
-    if not chosen:
-        raise UserError(f"No method of stage '{stage}': {did_you_mean(stage, {c.stage for c in cards().values()})}")
+    stage: Annotated[str, Arg("Only this stage, such as curation.")] = ""
 
-    def claim(name: str, has_claim: bool) -> str:
-        result = latest(name)
-        return result["verdict"] if result else ("not run" if has_claim else "–")
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """Returns the methods as rows."""
+        stages = sorted({card.stage for card in cards().values()})
+        if self.stage and self.stage not in stages:
+            raise UserError(f"There is no stage '{self.stage}': {did_you_mean(self.stage, stages)}")
+        rows = []
+        for card in cards().values():
+            result = latest(card.name)
+            rows.append(
+                {
+                    "name": card.name,
+                    "aliases": list(card.aliases),
+                    "stage": card.stage,
+                    "status": card.status,
+                    "summary": card.summary,
+                    "claim": result["verdict"] if result else ("not run" if card.has_claim else "–"),
+                }
+            )
+        return {"methods": [row for row in rows if not self.stage or row["stage"] == self.stage]}
 
-    if as_json:
-        import json
-
-        rows = [
-            {
-                "name": c.name,
-                "aliases": list(c.aliases),
-                "stage": c.stage,
-                "status": c.status,
-                "summary": c.summary,
-                "claim": claim(c.name, c.has_claim),
-            }
-            for c in chosen
-        ]
-        sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-        return
-    columns = shutil.get_terminal_size((110, 24)).columns
-    name_width = max(len(c.name) for c in chosen) + 2
-    claims = {c.name: claim(c.name, c.has_claim) for c in chosen}
-    claim_width = max(len("claim"), *(len(v) for v in claims.values())) + 2
-    for name in [*STAGES, *sorted({c.stage for c in chosen} - set(STAGES))]:
-        members = [c for c in chosen if c.stage == name]
-        if not members:
-            continue
-        sys.stdout.write(f"\n{name}\n")
-        for card in members:
-            status = "" if card.status == "stable" else f"({card.status}) "
-            text = status + card.summary
-            room = max(30, columns - 2 - name_width - claim_width)
-            text = text if len(text) <= room else text[: room - 1].rstrip() + "…"
-            sys.stdout.write(f"  {card.name:<{name_width}}{claims[card.name]:<{claim_width}}{text}\n")
-    sys.stdout.write("\nThe second column is the verdict of the method's claim. More: modelwright show NAME\n")
+    def show(self, result: dict[str, Any]) -> None:
+        """Prints a table a stage."""
+        rows = result["methods"]
+        columns = shutil.get_terminal_size((120, 24)).columns
+        name_width = max(len(row["name"]) for row in rows) + 2
+        claim_width = max(len(row["claim"]) for row in rows) + 2
+        room = max(30, columns - 2 - name_width - claim_width)
+        for stage in [*STAGES, *sorted({row["stage"] for row in rows} - set(STAGES))]:
+            members = [row for row in rows if row["stage"] == stage]
+            if members:
+                sys.stdout.write(f"\n{stage}\n")
+            for row in members:
+                status = "" if row["status"] == "stable" else f"({row['status']}) "
+                text = status + row["summary"]
+                text = text if len(text) <= room else text[: room - 1].rstrip() + "…"
+                sys.stdout.write(f"  {row['name']:<{name_width}}{row['claim']:<{claim_width}}{text}\n")
+        sys.stdout.write("\nThe second column is the verdict of the method's claim. More: modelwright show NAME\n")
