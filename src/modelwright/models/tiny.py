@@ -22,6 +22,9 @@ _SHAPE: dict[str, Any] = {
 _GROUPED = {**_SHAPE, "num_key_value_heads": 2}
 _GEMMA = {**_GROUPED, "head_dim": 8}
 
+# GPT-2 alone has dropout by default, which would make its tests differ from all others.
+_NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
 #: Family to its ``model_type`` and the options of its tiny config.
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GROUPED),
@@ -33,7 +36,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {**_GEMMA, "query_pre_attn_scalar": 8, "sliding_window": 16, "sliding_window_pattern": 2},
     ),
-    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, **_NO_DROPOUT}),
     "gpt_neox": ("gpt_neox", _SHAPE),
     "mamba2": (
         "mamba2",

@@ -98,9 +98,7 @@ def train(
         total = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         companion = stack.enter_context(Companion(progress, options.save_minutes, can_save=folder is not None))
         if options.gradient_checkpointing:
-            # Not by TrainingArguments: the option has another name in later versions.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            stack.callback(model.gradient_checkpointing_disable)
+            stack.enter_context(_checkpointing(model))
         trainer = CausalTrainer(
             options=options,
             evaluate_with=_evaluator(tokenizer, heldout, options) if heldout else None,
@@ -123,6 +121,17 @@ def train(
         raise KeyboardInterrupt
     model.eval()
     return _result(trainer, model)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: Any) -> Iterator[None]:
+    # Not by TrainingArguments: later versions have another name for it, there and here.
+    new = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
 
 
 def _check_model(model: PreTrainedModel, tokens: np.ndarray, options: TrainingOptions) -> None:
@@ -173,6 +182,7 @@ def _arguments(options: TrainingOptions, work: Path, tokens: int, evaluate: bool
         save_total_limit=2,  # the one before stays until the newest is whole
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )

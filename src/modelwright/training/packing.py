@@ -72,15 +72,15 @@ def tokenize(
             documents += len(batch)
             length += sum(len(text.encode()) for text in batch)
             if stream is not None:
-                for part in parts:
-                    part.tofile(stream)
+                np.concatenate(parts).tofile(stream)
                 parts.clear()
             progress.advance(len(batch))
     finally:
         if stream is not None:
             stream.close()
-    tokens = np.concatenate(parts) if path is None else np.memmap(path, dtype=dtype, mode="r")
-    return TokenStream(tokens, documents, length)
+    if path is not None and path.stat().st_size:
+        return TokenStream(np.memmap(path, dtype=dtype, mode="r"), documents, length)
+    return TokenStream(np.concatenate(parts) if parts else np.empty(0, dtype), documents, length)
 
 
 def _batches(texts: Iterable[str]) -> Iterable[list[str]]:

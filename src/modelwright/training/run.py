@@ -12,10 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from modelwright import provenance
 from modelwright.data.records import Records
 from modelwright.errors import UserError
 from modelwright.files import atomic_path, check_output, content_hash, write_json
-from modelwright.models.loading import describe, find_folder, load_model, load_tokenizer, resolve_dtype, write_model
+from modelwright.models.loading import (
+    describe,
+    find_folder,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    write_model,
+)
 from modelwright.models.new import new_config, new_model
 from modelwright.progress import Progress, Silent
 from modelwright.training.causal_lm import train, working_folder
@@ -76,7 +85,9 @@ def train_to_folder(
     source = find_folder(tokenizer if tokenizer is not None else str(model))
     words = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if architecture is not None:
-        network = new_model(new_config(architecture, settings, words), options.seed)
+        config = new_config(architecture, settings, words)
+        _check_size(config, options)
+        network = new_model(config, options.seed)
         dtype = network.dtype
     else:
         network = load_model(str(model), device="cpu", trust_remote_code=trust_remote_code)
@@ -115,6 +126,26 @@ def train_to_folder(
             del stream
             shutil.rmtree(work, ignore_errors=True)
     return {"output": str(output), **summary}
+
+
+def _check_size(config: Any, options: TrainingOptions) -> None:
+    """Refuses, before memory is filled, a model that cannot be trained here; a forgotten --set means 7 billion."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    needed = 16 * parameters / 2**30  # weights, gradients and AdamW's two moments, in float32
+    there = provenance.machine().get("memory_gib")
+    device = resolve_device(options.device)
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1] / 2**30
+    if there is not None and needed > there and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError(
+            f"A {config.model_type} model with these settings has {parameters:,} parameters: training it needs "
+            f"{needed:.0f} GiB and there are {there:.0f}. Make it smaller, such as --set hidden_size=256 "
+            f"--set num_hidden_layers=6."
+        )
 
 
 def _identity(name: str | None) -> str | None:

@@ -26,6 +26,8 @@ from modelwright.training.options import TrainingOptions
 
 #: Written last into a checkpoint: one without it was cut short and is not resumed from.
 _COMPLETE = "modelwright.json"
+#: Seconds between updates of the progress bar.
+_SHOWN_EVERY = 0.2
 _DECAYED = (nn.Linear, nn.Embedding, nn.Conv1d, Conv1D)
 
 
@@ -151,7 +153,7 @@ class CausalTrainer(Trainer):
         self.model.train()
         self.clock.start()
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -228,7 +230,7 @@ class Companion(TrainerCallback):
         now = time.monotonic()
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last row, whatever the interval
-        if now - self._shown > 0.2 or state.global_step >= state.max_steps:
+        if now - self._shown >= _SHOWN_EVERY or state.global_step >= state.max_steps:
             self.progress.advance(self._steps, self._note)
             self._steps, self._shown = 0, now
         wish = (self.signal is not None, bool(self.interval) and now - self._saved > self.interval)
