@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import json
+import signal
+import subprocess
+import sys
+import textwrap
 import tracemalloc
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -403,3 +407,43 @@ def test_memory_does_not_hold_the_pool(tmp_path: Path, monkeypatch: pytest.Monke
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4_000_000  # the pool is 20 MB
+
+
+def test_kill_9_loses_nothing(tmp_path: Path) -> None:
+    write_rows(tmp_path / "pool.jsonl", rows())
+    program = textwrap.dedent(
+        """
+        import os, signal, sys
+        from dataclasses import dataclass
+        from pathlib import Path
+        from modelwright.curation import scoring
+        from modelwright.curation.choose import Rule
+        from modelwright.curation.random_sample import RandomSelector
+        from modelwright.curation.stream import Outputs, select_records
+        from modelwright.data import Records
+
+        scoring.BATCH_DOCUMENTS = 10
+        plain, scored = RandomSelector.score, []
+
+        def score(self, texts, workers=1):
+            if len(scored) == int(sys.argv[1]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            scored.append(len(texts))
+            return plain(self, texts, workers)
+
+        RandomSelector.score = score
+        select_records(RandomSelector(), Records("pool.jsonl"), [], Rule(top=9), Outputs(chosen=Path(sys.argv[2])))
+        print(sum(scored))
+        """
+    )
+
+    def start(fail_at: int, name: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", program, str(fail_at), name]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    assert start(99, "whole.jsonl").stdout == "100\n"
+    assert start(6, "chosen.jsonl").returncode == -signal.SIGKILL
+    assert not (tmp_path / "chosen.jsonl").exists()
+    assert start(99, "chosen.jsonl").stdout == "40\n"
+    assert (tmp_path / "chosen.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"pool.jsonl", "whole.jsonl", "chosen.jsonl"}

@@ -8,6 +8,8 @@ import numpy as np
 
 from modelwright.errors import UserError
 
+_BLOCK = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -140,17 +142,30 @@ def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> dict[str, flo
         ``spearman`` (of ranks, ties averaged) and ``pearson``; None where one of the two is constant.
     """
     known = np.isfinite(scores)
-    scores, sizes = scores[known], lengths[known].astype(np.float64)
-    return {"spearman": _pearson(_ranks(scores), _ranks(sizes)), "pearson": _pearson(scores, sizes)}
+    if not known.all():
+        scores, lengths = scores[known], lengths[known]
+    return {"spearman": _pearson(_ranks(scores), _ranks(lengths)), "pearson": _pearson(scores, lengths)}
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    """Ranks from 1, ties averaged. float32 holds them exactly up to eight million, in half the memory."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))[: len(values)]
+    del ordered
+    counts = np.diff(starts, append=len(values))
+    ranks = np.empty(len(values), dtype=np.float32)
+    ranks[order] = np.repeat((starts + (counts + 1) / 2).astype(np.float32), counts)
+    return ranks
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float | None:
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if len(a) < 2 or a.min() == a.max() or b.min() == b.max():
         return None
-    a, b = a - a.mean(), b - b.mean()
-    return float(np.clip((a @ b) / np.sqrt((a @ a) * (b @ b)), -1, 1))
+    mean_a, mean_b = a.mean(dtype=np.float64), b.mean(dtype=np.float64)
+    products = np.zeros(3)
+    # In blocks, so that no second copy of a large pool's columns is made.
+    for start in range(0, len(a), _BLOCK):
+        x, y = a[start : start + _BLOCK] - mean_a, b[start : start + _BLOCK] - mean_b
+        products += x @ x, x @ y, y @ y
+    return float(np.clip(products[1] / np.sqrt(products[0] * products[2]), -1, 1))

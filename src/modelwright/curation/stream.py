@@ -204,7 +204,7 @@ def _write(
     progress: Progress,
 ) -> dict[str, Any]:
     """Writes the chosen rows and, if wanted, all scores; returns what was seen on the way."""
-    rank = np.zeros(len(table), dtype=np.int64)
+    rank = np.zeros(len(table), dtype=np.int32)
     rank[chosen] = np.arange(1, len(chosen) + 1)
     seen = _Seen(count_tokens, heldout, group_field, len(chosen))
 
