@@ -19,14 +19,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
 
 from modelwright.curation.choose import Rule, choose
 from modelwright.curation.scoring import score_texts, utf8_length
 from modelwright.curation.select import token_counter
 from modelwright.curation.selector import Selector
-from modelwright.errors import UserError
+from modelwright.errors import UserError, require
+
+require("datatrove", "datatrove", "selection as a datatrove pipeline step")
+
+from datatrove.data import Document  # noqa: E402
+from datatrove.pipeline.base import PipelineStep  # noqa: E402
 
 _POSITION = "position_in_file"
 
