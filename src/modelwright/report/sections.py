@@ -330,7 +330,7 @@ def _fact(sample: Sample | None, digits: int) -> str:
     if sample is None:
         return "–"
     # "300 ± 0" says no more than "300".
-    return mean_and_spread(sample, digits) if sample.sd and digits + sample.sd >= 0.5 else number(sample.mean, digits)
+    return mean_and_spread(sample, digits) if sample.sd and round(sample.sd, digits) else number(sample.mean, digits)
 
 
 def _histogram(i: int, choice: Choice, names: Sequence[str], palette: Palette) -> str:
