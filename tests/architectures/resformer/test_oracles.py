@@ -157,6 +157,11 @@ def test_learnable_modes_start_where_they_say():
     torch.testing.assert_close(plus[:, 0], torch.full((3,), 4 / 3))  # scale 4 (layers) over 3 mixing layers
     torch.testing.assert_close(plus[:, 1], half[:, 1])
     torch.testing.assert_close(coefficients(mode="learnable", layers=[2])[:, 0], torch.tensor([0.5]))
+    gated = ResFormerForCausalLM(
+        ResFormerConfig(**SIZES, value_residual={"mode": "token_gate", "lambda_first": 0.2, "lambda_current": 0.8})
+    )
+    gate = gated.model.layers[1].self_attn.value_gate
+    torch.testing.assert_close(gate.bias.sigmoid(), torch.full((2,), 0.8))  # the share of the layer's own values
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
