@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelwright.curation.choose import Rule, choose, length_correlation, quantiles
@@ -37,6 +37,7 @@ def reference(scores: list[float], rule: Rule, sizes: list[int], hashes: list[in
     return chosen
 
 
+@settings(max_examples=500)
 @given(
     st.lists(st.tuples(_SCORES, st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=30),
     st.none() | st.integers(1, 40),
@@ -71,6 +72,10 @@ def test_a_budget_is_kept_and_the_next_document_would_exceed_it(
     chosen = choose(scores, Rule(token_budget=budget), tokens=tokens)
     assert tokens[chosen].sum() <= budget
     assert len(chosen) == len(scores) or tokens[order[: len(chosen) + 1]].sum() > budget
+
+
+def test_a_threshold_is_strict() -> None:
+    assert choose(np.array([0.1, 0.3, 0.2]), Rule(threshold=0.1)).tolist() == [1, 2]
 
 
 def test_ties_keep_the_order_of_the_pool() -> None:
