@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from modelwright.recipes.store import code_identity
+
 HERE = Path(__file__).parent
 DRIVER = """
 import os, sys
@@ -13,6 +15,7 @@ import fake_verbs, modelwright.recipes.run
 from modelwright.verbs import VERBS
 VERBS.update(fake_verbs.VERBS)
 modelwright.recipes.run._render = lambda folder: None
+modelwright.recipes.store.code_identity = lambda: {}
 from modelwright.cli import main
 main()
 """
@@ -32,9 +35,19 @@ def fake(monkeypatch, tmp_path):
     for name, target in fake_verbs.VERBS.items():
         monkeypatch.setitem(VERBS, name, target)
     monkeypatch.setattr(modelwright.recipes.run, "_render", lambda folder: None)
+    # Otherwise an edit of the source while the tests run would change keys in the middle of one.
+    monkeypatch.setattr(modelwright.recipes.store, "code_identity", dict)
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
+
+
+@pytest.fixture
+def real_code_identity():
+    """Returns what the autouse fixture replaces."""
+    code_identity.cache_clear()
+    yield code_identity
+    code_identity.cache_clear()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ VERBS = {
     "read": "fake_verbs:Read",
     "slow": "fake_verbs:Slow",
     "trouble": "fake_verbs:Trouble",
+    "parent": "fake_verbs:Parent",
 }
 
 
@@ -135,3 +137,17 @@ class Trouble:
         if self.how == "unjsonable":
             return {"x": object()}
         raise ZeroDivisionError("a defect")
+
+
+@dataclass(kw_only=True)
+class Parent:
+    """Starts a process of its own and waits for it."""
+
+    output: Annotated[Path, Arg("Output.", kind="output", filename="x")]
+
+    def run(self, progress: Any) -> dict[str, Any]:
+        child = subprocess.Popen(["sleep", "60"])
+        with atomic_path(self.output.with_name("child.txt")) as partial:
+            partial.write_text(str(child.pid))
+        child.wait()
+        return {}

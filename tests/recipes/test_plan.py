@@ -233,16 +233,39 @@ def test_equal_work_has_equal_keys(write):
     assert len({i.key for i in plan.instances}) == 1
 
 
-def test_another_version_has_other_keys(write, monkeypatch):
+def test_another_version_has_other_keys(write, monkeypatch, real_code_identity):
     from modelwright.recipes import store
 
     path = write(KEYS.replace("input.txt", "org/name"))
-    before = keys(plan_of(path))
-    code = store.code_identity()
+    code = real_code_identity()
     assert {"python", "torch", "transformers", "modelwright", "source"} <= code.keys()
+    monkeypatch.setattr(store, "code_identity", lambda: code)
+    before = keys(plan_of(path))
     monkeypatch.setattr(store, "code_identity", lambda: {**code, "torch": "99"})
     after = keys(plan_of(path))
     assert all(before[name] != after[name] for name in before)
+
+
+def test_the_source_counts_except_for_what_computes_nothing(tmp_path, monkeypatch, real_code_identity):
+    from modelwright import provenance
+
+    (tmp_path / "training").mkdir()
+    (tmp_path / "report").mkdir()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+
+    def source():
+        real_code_identity.cache_clear()
+        return real_code_identity()["source"]
+
+    (tmp_path / "training" / "loss.py").write_text("1")
+    first = source()
+    (tmp_path / "report" / "page.py").write_text("1")
+    (tmp_path / "training" / "claim.py").write_text("1")
+    assert source() == first
+    (tmp_path / "training" / "loss.py").write_text("2")
+    second = source()
+    (tmp_path / "training" / "loss.py").rename(tmp_path / "training" / "loss2.py")
+    assert len({first, second, source()}) == 3
 
 
 PICK = """

@@ -75,6 +75,16 @@ def test_killed_at_any_moment_the_next_run_ends_with_the_same_result(write, mode
     assert outcome("killed") == outcome("undisturbed")
 
 
+def test_workers_of_a_killed_run_end_at_once_with_their_own_children(write, modelwright):
+    path = write("name: x\nsteps:\n  p: {uses: parent}\n")
+    process = modelwright("run", path, "-o", "out")
+    child = int(wait_for(lambda: [p.read_text() for p in Path("out").glob("store/*/child.txt")])[0])
+    assert psutil.pid_exists(child)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not workers_of(".") and not psutil.pid_exists(child), 5)
+
+
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_no_process_and_nothing_half_written(stop, code, write, modelwright):
     path = write(RECIPE)

@@ -124,6 +124,17 @@ def test_a_run_folder_can_be_moved(write, executed):
     assert results(run)["copy"]["length"] == 4
 
 
+def test_what_a_killed_run_was_writing_is_cleared_away(write):
+    path = write(RECIPE)
+    step = Path("out", run_recipe(path, "out")["steps"][0]["folder"])
+    (step / "result.json").unlink()
+    for scratch in (Path("out/.run.json.ab12_x3z.partial"), step / ".number.json.ab12_x3z.partial"):
+        scratch.mkdir()
+        (scratch / "half").write_text("of it")
+    run_recipe(path, "out")
+    assert not list(Path("out").rglob("*.partial"))
+
+
 @pytest.mark.parametrize("lost", ["result.json", "number.json", "half a result.json"])
 def test_a_lost_or_broken_result_is_made_again(lost, write, executed):
     path = write(RECIPE)
@@ -196,7 +207,7 @@ def test_a_failing_step_stops_the_rest_and_is_named(how, kind, message, write, e
     run = run_recipe(
         path,
         "out",
-        overrides=["steps.bad.uses=number", "steps.bad.with={value: 4}", "steps.long.with.seconds=0"],
+        overrides=["steps.bad.uses=number", "steps.bad.with={value: 4}", "steps.long.with.steps=3"],
     )
     assert results(run)["later"]["length"] == 3
 
