@@ -45,7 +45,7 @@ def test_names_are_forgiving_and_errors_suggest():
     assert catalog.find("ZIP_FIT").name == "zip-fit"
     assert catalog.find("svformer").name == "resformer"
     with pytest.raises(UserError, match=re.escape("did you mean 'zip-fit'?")):
-        catalog.find("zipfit")
+        catalog.find("zipfitt")
     with pytest.raises(UserError, match="did you mean 'dsir'"):
         catalog.load("selectors", "dsirr")
 

@@ -15,7 +15,7 @@ import typer
 
 from modelwright.cli.guard import guarded
 from modelwright.errors import UserError
-from modelwright.verbs.base import Arg
+from modelwright.options import Arg
 
 
 def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from modelwright.catalog import STAGES, cards
 from modelwright.errors import UserError, did_you_mean
+from modelwright.options import Arg
 from modelwright.progress import Progress
-from modelwright.verbs.base import Arg
 from modelwright.verify.results import latest
 
 

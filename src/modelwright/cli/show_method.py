@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from modelwright.catalog import find
+from modelwright.options import Arg
 from modelwright.progress import Progress
-from modelwright.verbs.base import Arg
 from modelwright.verify.results import latest
 
 

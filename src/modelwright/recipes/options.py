@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from modelwright.recipes.source import Place
-from modelwright.verbs.base import Arg
+from modelwright.options import Arg
 
 REQUIRED = dataclasses.MISSING
 
@@ -21,7 +21,7 @@ class Option:
     Attributes:
         name: Its name under ``with:``.
         hint: Its type, for pydantic.
-        kind: :attr:`modelwright.verbs.base.Arg.kind`.
+        kind: :attr:`modelwright.options.Arg.kind`.
         filename: For an output: its name in the step's folder.
         default: Its default, or :data:`REQUIRED`.
     """

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from modelwright.errors import UserError
+from modelwright.options import Arg
 from modelwright.progress import Progress
-from modelwright.verbs.base import Arg
 
 
 @dataclass(kw_only=True)

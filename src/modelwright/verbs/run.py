@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from modelwright.options import Arg
 from modelwright.progress import Progress
-from modelwright.verbs.base import Arg
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from modelwright.options import Arg
 from modelwright.progress import Progress
-from modelwright.verbs.base import Arg
 
 
 @dataclass(kw_only=True)

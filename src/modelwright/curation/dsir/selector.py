@@ -14,7 +14,7 @@ import numpy as np
 
 from modelwright.curation.selector import SelectorMixin
 from modelwright.errors import UserError
-from modelwright.verbs.base import Arg
+from modelwright.options import Arg
 
 _TOKEN = re.compile(r"\w+|[^\w\s]+")
 #: Added to every probability before the logarithm, as in the official code.

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from modelwright.curation.selector import SelectorMixin
-from modelwright.verbs.base import Arg
+from modelwright.options import Arg
 
 __all__ = ["AllSelector", "RandomSelector"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from modelwright.curation.selector import SelectorMixin
 from modelwright.curation.semdedup.embed import Pooling, embed_all, load_embedder
 from modelwright.errors import UserError, require
-from modelwright.verbs.base import Arg
+from modelwright.options import Arg
 
 __all__ = ["D4Selector", "SemDedupSelector", "duplicate_distance", "prototype_distance"]
 

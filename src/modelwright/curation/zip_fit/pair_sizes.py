@@ -57,11 +57,15 @@ class PairSizes:
         if (
             self.engine == "auto"
             and self._kernel is None
-            and (self._pairs_seen >= _KERNEL_FROM_PAIRS or "numba" in sys.modules)
+            and (self._pairs_seen >= _KERNEL_FROM_PAIRS or sys.modules.get("numba"))
             and self._kernel_fits()
             and importlib.util.find_spec("numba")
         ):
-            self._load_kernel()
+            try:
+                self._load_kernel()
+            except (ImportError, RuntimeError, OSError):
+                # numba does not fit this Python or numpy, or finds no folder for what it compiles.
+                self._kernel = False
         return bool(self._kernel)
 
     def __call__(self, sources: Sequence[bytes]) -> np.ndarray:

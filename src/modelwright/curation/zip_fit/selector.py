@@ -13,7 +13,7 @@ from modelwright.curation.selector import SelectorMixin
 from modelwright.curation.zip_fit.aligner import CompressionAligner
 from modelwright.curation.zip_fit.compressors import CompressorName, make_compressor
 from modelwright.errors import UserError
-from modelwright.verbs.base import Arg
+from modelwright.options import Arg
 
 
 @dataclass(kw_only=True)
