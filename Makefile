@@ -22,7 +22,7 @@ check: $(INSTALLED)  ## format, lint, types and the tests of the house itself: u
 	$(BIN)/python -m pytest tests/house -m "not slow"
 
 bench: $(INSTALLED)  ## speed and memory, as ratios against peers measured in the same run
-	for b in benchmarks/bench_*.py; do $(BIN)/python $$b || exit 1; done
+	for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
 
 docs: $(INSTALLED)  ## the documentation as a site, in site/
 	$(BIN)/python -m modelwright.verify.page
