@@ -2,7 +2,8 @@
 
 ``docs/claims.md`` comes from ``results/claims/*.json``, ``docs/benchmarks.md`` from ``results/benchmarks/*.json``, and
 the table between ``<!-- claims: NAME -->`` and ``<!-- /claims -->`` in ``docs/methods/*.md`` from the newest results of
-that method. A test says whether the committed pages are up to date.
+that method. The table between ``<!-- methods -->`` and ``<!-- /methods -->`` in ``README.md`` comes from the cards. A
+test says whether the committed pages are up to date.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelwright.catalog import cards
 from modelwright.verify import results
 from modelwright.verify.view import bar_rows, how, metric_tables
 
 _MARKER = re.compile(r"(<!-- claims: ([a-z0-9-]+) -->\n)(.*?)(<!-- /claims -->)", re.DOTALL)
+_METHODS = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
 _GENERATED = "<!-- Made by `python -m modelwright.verify.page`. Do not edit. -->\n"
 
 
@@ -155,6 +158,20 @@ def fill_markers(text: str, folder: Path | None = None) -> str:
     return _MARKER.sub(lambda m: f"{m[1]}\n{claim_table(m[2], folder)}\n{m[4]}", text)
 
 
+def methods_table(folder: Path | None = None) -> str:
+    """Returns the methods of this project as Markdown, with the verdict of each claim; links are from README.md."""
+    verdicts: dict[str, list[str]] = {}
+    for document in results.claims(folder):
+        verdicts.setdefault(document["method"], []).append(f"{document['verdict']} ({document['scale']})")
+    rows = []
+    for card in cards().values():
+        if card.package.startswith("modelwright."):
+            claim = "; ".join(verdicts.get(card.name, ["not run" if card.has_claim else "–"]))
+            name = f"[{card.name}](docs/methods/{card.name}.md)"
+            rows.append([name, card.stage, escape(card.summary), claim])
+    return table(["Method", "Stage", "What it does", "Claim"], rows, text_columns=4)
+
+
 def pages(checkout: Path) -> dict[Path, str]:
     """Returns every generated or filled page of a checkout with what it should hold."""
     folder = checkout / "results"
@@ -162,6 +179,10 @@ def pages(checkout: Path) -> dict[Path, str]:
         checkout / "docs" / "claims.md": claims_page(folder),
         checkout / "docs" / "benchmarks.md": benchmarks_page(folder),
     }
+    readme = checkout / "README.md"
+    if readme.is_file():
+        methods = methods_table(folder)
+        drawn[readme] = _METHODS.sub(lambda m: f"{m[1]}{methods}{m[2]}", readme.read_text(encoding="utf-8"))
     for path in sorted((checkout / "docs" / "methods").glob("*.md")):
         text = path.read_text(encoding="utf-8")
         if _MARKER.search(text):
