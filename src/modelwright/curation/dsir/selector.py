@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 
 from modelwright.curation.selector import SelectorMixin
+from modelwright.curation.workers import in_processes
 from modelwright.errors import UserError
 from modelwright.options import Arg
 
@@ -21,6 +22,7 @@ _TOKEN = re.compile(r"\w+|[^\w\s]+")
 _FLOOR = 1e-8
 #: N-grams whose buckets are kept; hashing is most of the work, and most n-grams are seen again soon.
 _CACHE_ENTRIES = 1 << 19
+_CACHES: dict[int, dict[str, int]] = {}
 _BLOCK_DOCUMENTS = 512
 
 
@@ -44,7 +46,7 @@ class Buckets:
 
     def __init__(self, num_buckets: int) -> None:
         self.num_buckets = num_buckets
-        self._cache: dict[str, int] = {}
+        self._cache = _CACHES.setdefault(num_buckets, {})
 
     def __call__(self, words: Sequence[str]) -> np.ndarray:
         """Returns the bucket of every unigram and every bigram: int64, shape ``(2 * len(words) - 1,)``, or ``(0,)``."""
@@ -62,7 +64,7 @@ class Buckets:
         return np.array(found, dtype=np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The cache stays here when an instance is sent to a worker process.
+        # Sent to another process without the cache: it has its own.
         return Buckets, (self.num_buckets,)
 
 
@@ -137,16 +139,10 @@ class DsirSelector(SelectorMixin):
         Raises:
             UserError: ``fit`` was not called.
         """
-        ratio = self._log_ratio
-        if ratio is None:
+        if self._log_ratio is None:
             raise UserError("DSIR has no target yet: call fit with target and pool first.")
         blocks = [texts[i : i + _BLOCK_DOCUMENTS] for i in range(0, len(texts), _BLOCK_DOCUMENTS)]
-        if min(workers, len(blocks)) <= 1:
-            found = [self._weights(block, ratio) for block in blocks]
-        else:
-            import joblib
-
-            found = joblib.Parallel(n_jobs=workers)(joblib.delayed(self._weights)(block, ratio) for block in blocks)
+        found = in_processes(self._weights, ((block,) for block in blocks), min(workers, len(blocks)))
         return np.concatenate([np.empty(0), *found])
 
     def _count(self, texts: Iterable[str]) -> np.ndarray:
@@ -155,7 +151,9 @@ class DsirSelector(SelectorMixin):
             counts += np.bincount(self._buckets(tokens(text)), minlength=self.num_buckets)
         return counts
 
-    def _weights(self, texts: Sequence[str], ratio: np.ndarray) -> np.ndarray:
+    def _weights(self, texts: Sequence[str]) -> np.ndarray:
+        ratio = self._log_ratio
+        assert ratio is not None
         out = np.full(len(texts), np.nan)
         for i, text in enumerate(texts):
             words = tokens(text)

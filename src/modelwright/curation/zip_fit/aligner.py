@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from modelwright.curation.workers import in_processes
 from modelwright.curation.zip_fit.compressors import make_compressor
 from modelwright.curation.zip_fit.ncd import as_bytes, ncd_of_sizes
 from modelwright.curation.zip_fit.pair_sizes import Engine, PairSizes, sizes_in_process
@@ -146,22 +147,18 @@ class CompressionAligner:
     def _tables(self, blocks: list[list[bytes]], num_proc: int) -> Iterator[np.ndarray]:
         compiled = self._sizes.plan(sum(len(block) for block in blocks))
         workers = min(num_proc, len(blocks))
-        if workers <= 1:
-            yield from map(self._sizes, blocks)
-            return
-        import joblib
-
-        if compiled:
+        if not compiled and workers > 1:
+            name, level = self.compressor.name, self.compressor.level
+            calls = ((name, level, self.targets, block) for block in blocks)
+            yield from in_processes(sizes_in_process, calls, workers)
+        elif workers > 1:
             # The kernel lets go of the GIL, so that threads run side by side and nothing has to be sent.
-            run: Any = joblib.delayed(self._sizes)
-            calls = (run(block) for block in blocks)
+            import joblib
+
             pool = joblib.Parallel(n_jobs=workers, backend="threading", return_as="generator")
+            yield from pool(joblib.delayed(self._sizes)(block) for block in blocks)
         else:
-            run = joblib.delayed(sizes_in_process)
-            calls = (run(self.compressor.name, self.compressor.level, self.targets, block) for block in blocks)
-            # These workers need no `if __name__ == "__main__"`, are kept for the next call, and end with us.
-            pool = joblib.Parallel(n_jobs=workers, backend="loky", return_as="generator")
-        yield from pool(calls)
+            yield from map(self._sizes, blocks)
 
     def _alignment(self, table: np.ndarray) -> np.ndarray:
         sizes = table - self.header

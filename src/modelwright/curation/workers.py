@@ -1,0 +1,47 @@
+"""Scoring blocks of documents in other processes, in order, with none left over afterwards."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_watching: list[int] = []
+
+
+def in_processes(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
+    """Yields ``function(*call)`` for every call, in order; a few calls ahead are at work at any time.
+
+    The processes are kept for the next use, need no ``if __name__ == "__main__"``, and end when this one does, however
+    it ends.
+
+    Args:
+        function: A function of a module.
+        calls: Its arguments, picklable.
+        workers: Processes; with 1, everything happens here.
+    """
+    if workers <= 1:
+        yield from (function(*call) for call in calls)
+        return
+    import joblib
+
+    pool = joblib.Parallel(n_jobs=workers, backend="loky", return_as="generator")
+    yield from pool(joblib.delayed(_watched)(os.getpid(), function, *call) for call in calls)
+
+
+def _watched(parent: int, function: Callable[..., T], *arguments: Any) -> T:
+    if parent not in _watching:
+        _watching.append(parent)
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    return function(*arguments)
+
+
+def _end_with(parent: int) -> None:
+    # A parent that was killed cannot stop its workers, which would wait minutes for more work.
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
