@@ -74,7 +74,7 @@ SETTINGS = {
         length=64,
         batch=8,
         steps=300,
-        rates=(2e-3, 4e-3, 8e-3),
+        rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
         world={"pool_chunks": 1500, "target_chunks": 1, "heldout_chunks": 1},
     ),
     # The paper's 82M model, less its vocabulary of 50,277.
