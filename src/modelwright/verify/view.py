@@ -96,15 +96,19 @@ def bar_rows(document: Mapping[str, Any]) -> list[BarRow]:
     rows = []
     for bar in document["bars"]:
         digits = max(document["metrics"][bar["metric"]]["digits"], 3)
+        bound, margin = bar["lower_bound"], bar["margin"]
+        # Rounding must not show a bound on the wrong side of what is needed.
+        while bound is not None and digits < 9 and (round(bound, digits) >= round(margin, digits)) != (bound >= margin):
+            digits += 1
         seen = "not measured"
         if bar["gain"] is not None:
             seen = _spread({"mean": bar["gain"], "sd": bar["sd"]}, digits, sign=True)
-            if bar["lower_bound"] is not None:
-                seen += f", lower bound {number(bar['lower_bound'], digits, sign=True)}"
+            if bound is not None:
+                seen += f", lower bound {number(bound, digits, sign=True)}"
         if bar["missing_seeds"]:
             seen += f"; missing or diverged on {bar['missing_seeds']} seeds"
         met = {True: "met", False: "not met", None: "–"}[bar["met"]]
-        rows.append(BarRow(bar["statement"], seen, f"at least {number(bar['margin'], digits, sign=True)}", met))
+        rows.append(BarRow(bar["statement"], seen, f"at least {number(margin, digits, sign=True)}", met))
     return rows
 
 
