@@ -1,7 +1,12 @@
+import itertools
+import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,9 +75,8 @@ def test_targets_given_twice_change_nothing():
 
 def test_a_copy_of_a_target_ranks_above_unrelated_documents_of_its_length():
     length = len(TARGET[0])
-    unrelated = [
-        r["text"][:length] for r in WORLD.pool if r["kind"] in ("english", "logs") and len(r["text"]) >= length
-    ]
+    others = [r["text"] for r in WORLD.pool if r["kind"] in ("english", "logs")]
+    unrelated = [text[:length] for text in others if len(text) >= length]
     assert unrelated
     scores = CompressionAligner(TARGET).score([*unrelated, TARGET[0]])
     assert np.argmax(scores) == len(unrelated)
@@ -138,7 +142,7 @@ def test_chunks_are_equal_parts_and_their_scores_are_averaged():
     size = len(text.encode())
     aligner = CompressionAligner(TARGET, chunk_bytes=size // 2 - 1)  # three parts
     edges = [0, size // 3, size * 2 // 3, size]
-    parts = [text.encode()[a:b] for a, b in zip(edges, edges[1:])]
+    parts = [text.encode()[a:b] for a, b in itertools.pairwise(edges)]
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     plain = CompressionAligner(TARGET)
     assert aligner.score(["x", text, POOL[2][:20]])[1] == pytest.approx(plain.score(parts).mean(), abs=1e-15)
@@ -154,8 +158,6 @@ def test_chunks_make_a_long_document_as_good_as_its_parts():
 
 
 def test_subtracting_the_header_is_the_formula_on_smaller_sizes():
-    import zlib
-
     def size(data):
         return len(zlib.compress(data, 1)) - len(zlib.compress(b"", 1))
 
@@ -225,12 +227,8 @@ aligner.score(["source text %d " % i * 200 for i in range(100_000)], num_proc=2)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for child processes in /proc")
 @pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
 def test_no_worker_outlives_an_interrupted_run(how):
-    import os
-    import signal
-    from pathlib import Path
-
     process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLEEPY], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     children = process.stdout.readline().split()
     assert children

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.metadata
 import lzma
@@ -107,6 +108,7 @@ def _lzma(level: int) -> tuple[Callable[[bytes], int], str]:
     return lambda data: len(lzma.compress(data, preset=level)), "of Python's lzma"
 
 
+@functools.cache
 def _version(package: str) -> str:
     return importlib.metadata.version(package)
 

@@ -44,46 +44,49 @@ def _fours(data: Any, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _parse(data: Any, four: Any, end: int, shared: bool, skip: int, table: Any, state: Any, undo: Any) -> int:
-    """Continues the parse from ``state``; with ``shared``, stops before anything that the end could change.
+def _parse(data: Any, four: Any, end: int, skip: int, table: Any, state: Any, undo: Any) -> int:
+    """Continues the parse from ``state``; with ``undo``, stops before anything that the end could change.
 
     Args:
         data: uint8, the input.
         four: uint32, the four bytes from each position on.
         end: Length of the input.
-        shared: More bytes follow, unknown yet.
         skip: First value of the counter that lengthens the steps where nothing matches.
         table: uint16, position by hash.
-        state: int64 of 7: position to look at, step, counter, start of the pending literals, bytes written, largest
-            number of bytes that the library would have asked room for, undo entries.
-        undo: uint32, hash and old position of every change, packed.
+        state: int64 of 5: position to look at, step, counter, start of the pending literals, bytes written.
+        undo: None; or, if more bytes follow that are not known yet: uint32, receives hash and old position of the
+            changes, packed, to step back.
 
     Returns:
         Bytes of the block if it is finished, else 0.
     """
-    position, step, counter = state[0], state[1], state[2]
-    anchor, written, room, undone = state[3], state[4], state[5], state[6]
+    position, step, counter, anchor, written = state[0], state[1], state[2], state[3], state[4]
+    undone = 0
     last_match = end - 12 + 1
     match_limit = end - 5
-    stop = end - _END if shared else end
-    if end >= 13 and position == 0 and (not shared or stop >= 8):
+    stop = end
+    if undo is not None:
+        stop = end - _END
+    if end >= 13 and position == 0 and stop >= 8:
         # The first position is stored and not looked at.
         slot = _hash(four[0])
-        if shared:
+        if undo is not None:
             undo[undone] = (slot << 16) | table[slot]
             undone += 1
         table[slot] = 0
         position, step, counter = 1, 1, skip
     while position > 0:
-        # Each turn is one probe of the hash table. `before` lets a shared parse step back out of it.
-        before = undone
+        # Each turn is one probe of the hash table, and what is found there.
+        undone = 0
         following = position + step
-        if following > last_match or (shared and following + 8 > stop):
+        if following > last_match:
+            break
+        if undo is not None and following + 8 > stop:
             break
         sequence = four[position]
         slot = _hash(sequence)
         match = np.int64(table[slot])
-        if shared:
+        if undo is not None:
             undo[undone] = (slot << 16) | match
             undone += 1
         table[slot] = position
@@ -97,10 +100,8 @@ def _parse(data: Any, four: Any, end: int, shared: bool, skip: int, table: Any, 
             start -= 1
             match -= 1
         literals = start - anchor
-        now_room = max(room, written + 1 + literals + 8 + literals // 255)
-        now_written = written + 1 + literals
-        if literals >= 15:
-            now_written += (literals - 15) // 255 + 1
+        # From 15 on, a length takes bytes of its own: (n + 240) // 255, which is 0 below 15. No branch, no wrong guess.
+        now_written = written + 1 + literals + (literals + 240) // 255
         unsafe = False
         # Matches that follow each other directly are taken without a probe between.
         while True:
@@ -115,51 +116,45 @@ def _parse(data: Any, four: Any, end: int, shared: bool, skip: int, table: Any, 
                 p += 4
                 q += 4
             p = min(p, match_limit)
-            if shared and p + 8 > stop:
+            if undo is not None and p + 8 > stop:
                 unsafe = True
                 break
             length = p - start - 4
-            now_room = max(now_room, now_written + 6 + (length + 240) // 255)
-            if length >= 15:
-                now_written += (length - 15) // 255 + 1
+            now_written += (length + 240) // 255
             start = p
             if start >= last_match:
                 break
             slot = _hash(four[start - 2])
-            if shared:
+            if undo is not None:
                 undo[undone] = (slot << 16) | table[slot]
                 undone += 1
             table[slot] = start - 2
             sequence = four[start]
             slot = _hash(sequence)
             match = np.int64(table[slot])
-            if shared:
+            if undo is not None:
                 undo[undone] = (slot << 16) | match
                 undone += 1
             table[slot] = start
             if four[match] != sequence:
                 break
             now_written += 1
-        if unsafe:
-            for k in range(undone - 1, before - 1, -1):
+        if undo is not None and unsafe:
+            for k in range(undone - 1, -1, -1):
                 table[undo[k] >> 16] = undo[k] & 65535
-            undone = before
             break
-        anchor, written, room = start, now_written, now_room
+        anchor, written = start, now_written
         if start >= last_match:
             break
         position, step, counter = start + 1, 1, skip
-    state[0], state[1], state[2] = position, step, counter
-    state[3], state[4], state[5], state[6] = anchor, written, room, undone
-    if shared:
+    if undo is not None:
+        state[0], state[1], state[2], state[3], state[4] = position, step, counter, anchor, written
         return 0
     literals = end - anchor
-    room = max(room, written + literals + 1 + (literals + 240) // 255)
-    written += 1 + literals
-    if literals >= 15:
-        written += (literals - 15) // 255 + 1
-    # The library gives the block one byte less than the input, and stores it as it is when it asks for more.
-    return end if room > end - 1 else written
+    written += 1 + literals + (literals + 240) // 255
+    # A block that is not smaller than the input is stored as it is. (The library gives up as soon as it lacks room, and
+    # what it asks room for on the way never exceeds what the whole block takes.)
+    return min(written, end)
 
 
 @njit(nogil=True, cache=True)
@@ -177,14 +172,15 @@ def sizes(texts: Any, starts: Any, targets: Any, target_starts: Any, acceleratio
     """
     n, m = len(starts) - 1, len(target_starts) - 1
     data = np.zeros(MAX_BYTES + 16, dtype=np.uint8)
-    table = np.zeros(8192, dtype=np.uint16)
-    table_x = np.zeros(8192, dtype=np.uint16)
+    # Copied for every target: four entries at a time.
+    table_fours, table_x_fours = np.zeros(2048, dtype=np.uint64), np.zeros(2048, dtype=np.uint64)
+    table, table_x = table_fours.view(np.uint16), table_x_fours.view(np.uint16)
     undo = np.zeros(2 * MAX_BYTES, dtype=np.uint32)
     four = np.zeros(len(data), dtype=np.uint32)
     target_four = np.zeros(len(targets), dtype=np.uint32)
     _fours(targets, target_four)
-    prefix = np.zeros(7, dtype=np.int64)
-    state = np.zeros(7, dtype=np.int64)
+    prefix = np.zeros(5, dtype=np.int64)
+    state = np.zeros(5, dtype=np.int64)
     skip = acceleration << 6
     for i in range(n):
         length = starts[i + 1] - starts[i]
@@ -195,7 +191,7 @@ def sizes(texts: Any, starts: Any, targets: Any, target_starts: Any, acceleratio
         _fours(data[:length], four)
         prefix[:] = 0
         table_x[:] = 0
-        _parse(data, four, length, True, skip, table_x, prefix, undo)
+        _parse(data, four, length, skip, table_x, prefix, undo)
         for j in range(-1, m):
             total = length
             if j >= 0:
@@ -208,5 +204,5 @@ def sizes(texts: Any, starts: Any, targets: Any, target_starts: Any, acceleratio
                 for k in range(max(0, length - 3), length):
                     four[k] = _four(data, k)
             state[:] = prefix
-            table[:] = table_x
-            out[i, j + 1] = _FRAME + _parse(data, four, total, False, skip, table, state, undo)
+            table_fours[:] = table_x_fours
+            out[i, j + 1] = _FRAME + _parse(data, four, total, skip, table, state, None)

@@ -76,4 +76,5 @@ def alignment(
     """
     if not targets or not source or not all(targets):
         raise UserError("Alignment needs a source and at least one target, none of them empty.")
-    return 1.0 - float(np.mean([ncd(source, target, compressor, level) for target in targets]))
+    size = make_compressor(compressor, level).size if isinstance(compressor, str) else compressor
+    return 1.0 - float(np.mean([ncd(source, target, size) for target in targets]))
