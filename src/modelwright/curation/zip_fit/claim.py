@@ -72,7 +72,7 @@ class Setting:
 
 
 SETTINGS = {
-    "cpu": Setting({"pool_size": 800, "target_size": 20}, 120, 128, 250, 16, 64, (0.005, 0.01, 0.02)),
+    "cpu": Setting({"pool_size": 800, "target_size": 20}, 120, 128, 250, 16, 64, (0.01, 0.02, 0.04)),
     "gpu": Setting(
         {"pool_size": 20_000, "target_size": 100, "heldout_size": 1000, "min_chars": 300, "max_chars": 900},
         2000, 512, 1500, 64, 256, (0.002, 0.005, 0.01),
