@@ -37,7 +37,8 @@ class Setting:
     """Sizes of one scale.
 
     Attributes:
-        shape: Sizes of the models, as in ``LlamaConfig``.
+        shape: Sizes of the models, as in ``LlamaConfig``. ``initializer_range`` is the paper's 0.02 at width 512,
+            and grows with ``1 / sqrt(width)``, so that activations start as large as there.
         vocabulary: Size of the byte-level BPE, trained on the training text.
         length: Tokens in a sequence.
         batch: Sequences in a step.
@@ -47,7 +48,7 @@ class Setting:
         validation: Sequences that the loss is measured on.
     """
 
-    shape: Mapping[str, int]
+    shape: Mapping[str, int | float]
     vocabulary: int
     length: int
     batch: int
@@ -69,12 +70,18 @@ SETTINGS = {
         validation=4,
     ),
     "cpu": Setting(
-        shape={"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "num_attention_heads": 4},
+        shape={
+            "hidden_size": 64,
+            "intermediate_size": 172,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "initializer_range": 0.057,
+        },
         vocabulary=1024,
         length=64,
         batch=8,
         steps=300,
-        rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+        rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
         world={"pool_chunks": 1500, "target_chunks": 1, "heldout_chunks": 1},
     ),
     # The paper's 82M model, less its vocabulary of 50,277.
@@ -211,7 +218,8 @@ def _trained(
         {"params": [p for n, p in model.named_parameters() if p.ndim <= 1 or n in spared], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    warmup = max(1, setting.steps // 20)
+    # A fifth: with a twentieth, Llama was up to 0.3 bits per byte worse on the tuning seed at these few steps.
+    warmup = max(1, setting.steps // 5)
     order = torch.Generator().manual_seed(seed)
     train = train.to(device)
     window = torch.arange(setting.length + 1, device=device)
