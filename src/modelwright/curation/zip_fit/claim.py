@@ -307,6 +307,8 @@ CLAIM = Claim(
         "A byte-level GRU trained from scratch on generated text stands in for fine-tuning a 2B model on real text. "
         "All selections have as many bytes as the pool's in-domain documents. DSIR's minimum of 100 tokens a document "
         "is lowered to 1, since the documents are shorter than that. gzip at level 0, the official package's default "
-        "level, is left out: it does not compress, and is an error here."
+        "level, is left out: it does not compress, and is an error here. The distractor decides the first bars: its "
+        "chain walks over words split at blank space; with blank space as a token of its own DSIR would win. The "
+        "world's target functions were made longer once, after a first look at precision (docs/log.md)."
     ),
 )  # fmt: skip
