@@ -44,6 +44,15 @@ def test_coefficients_zero_and_one_are_a_llama(mode):
         torch.testing.assert_close(found[name], gradient, atol=1e-12, rtol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("pair", [(0.0, 0.5), (1.0, 0.0), (0.0, 0.0), (-1.0, 2.0), (3.0, 1.0)])
+@pytest.mark.parametrize("mode", ["constant", "sparse"])
+def test_fixed_coefficients_are_used_as_given(mode, pair):
+    """The mixing has short ways for some pairs; none may change what is computed."""
+    residual = {"mode": mode, "lambda_first": pair[0], "lambda_current": pair[1]}
+    model = build("constant", value_residual=residual)
+    torch.testing.assert_close(model(IDS).logits, reference_logits(model, IDS), atol=1e-10, rtol=0)
+
+
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_identity_mode_is_cross_layer_attention_over_duplicated_keys(kv_heads):
     model = build("identity", num_key_value_heads=kv_heads)

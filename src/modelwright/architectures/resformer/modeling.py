@@ -68,7 +68,7 @@ class ResFormerAttention(nn.Module):
         self.value_gate = ValueGate(config) if mixes and residual.mode == "token_gate" else None
         #: Fixed (lambda_first, lambda_current), or None where they are learned or nothing is mixed.
         self.fixed_mix: tuple[float, float] | None = None
-        if mixes and residual.mode in ("identity", "constant", "sparse") and residual.lambda_first:
+        if mixes and residual.mode in ("identity", "constant", "sparse") and residual.coefficients != (0.0, 1.0):
             self.fixed_mix = residual.coefficients
         self.neutreno_lambda = config.neutreno_lambda if layer_idx > 0 else 0.0
         self.value_scale = config.value_scale if layer_idx > 0 else 1.0
