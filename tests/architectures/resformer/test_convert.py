@@ -76,6 +76,19 @@ def test_other_starts_warn_that_they_need_training():
     assert small.num_parameters() < model.num_parameters()
     with pytest.warns(UserWarning, match="2 layers"):
         assert convert_to_svformer(model, value_anchors=[0, 2]).config.value_layers == (0, 2)
+    with pytest.raises(UserError, match="Layer 0 must be"):
+        convert_to_svformer(model, value_anchors=[])
+
+
+@pytest.mark.parametrize("mode", ["learnable", "constant"])
+def test_a_bfloat16_checkpoint_keeps_its_rotary_frequencies_in_float32(mode, tmp_path):
+    """As a cast of the whole model would not: at position 100 that already shows."""
+    source("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = convert_to_resformer(model, mode=mode)
+    assert ours.model.rotary_emb.inv_freq.dtype == torch.float32
+    ids = tokens(2, 100)
+    assert torch.equal(ours(ids).logits, model(ids).logits)
 
 
 def test_dtype_and_generation_settings_stay():
@@ -85,6 +98,8 @@ def test_dtype_and_generation_settings_stay():
     assert ours.dtype == torch.bfloat16
     assert ours.model.value_residual.lambda_first_bias.dtype == torch.float32
     assert ours.generation_config.max_new_tokens == 7
+    ours.generation_config.max_new_tokens = 8
+    assert model.generation_config.max_new_tokens == 7
 
 
 def test_models_that_do_not_fit_are_refused():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import fields
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from modelwright.architectures.resformer.configuration import ResFormerConfig, SVFormerConfig, ValueResidualConfig
 from modelwright.architectures.resformer.modeling import ResFormerForCausalLM, SVFormerForCausalLM
@@ -61,7 +61,7 @@ def convert_to_resformer(
             "computes what the checkpoint did: train it before use, or convert with mode='learnable'.",
             stacklevel=2,
         )
-    return _copy(model, ResFormerForCausalLM, config)
+    return _copy(model, config)
 
 
 def convert_to_svformer(model: PreTrainedModel, *, value_anchors: list[int] | None = None) -> SVFormerForCausalLM:
@@ -79,7 +79,7 @@ def convert_to_svformer(model: PreTrainedModel, *, value_anchors: list[int] | No
     Raises:
         UserError: The model is of another family, or an anchor does not exist.
     """
-    config = SVFormerConfig(**_llama_settings(model), value_anchors=list(value_anchors or [0]))
+    config = SVFormerConfig(**_llama_settings(model), value_anchors=[0] if value_anchors is None else value_anchors)
     dropped = config.num_hidden_layers - len(config.value_layers)
     if dropped:
         warnings.warn(
@@ -87,7 +87,7 @@ def convert_to_svformer(model: PreTrainedModel, *, value_anchors: list[int] | No
             "the checkpoint did: train it before use.",
             stacklevel=2,
         )
-    return _copy(model, SVFormerForCausalLM, config)
+    return _copy(model, config)
 
 
 def _llama_settings(model: PreTrainedModel) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def _llama_settings(model: PreTrainedModel) -> dict[str, Any]:
     return settings
 
 
-def _copy(model: PreTrainedModel, kind: type[ResFormerForCausalLM], config: ResFormerConfig) -> Any:
-    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def _copy(model: PreTrainedModel, config: ResFormerConfig) -> Any:
+    weights = dict(model.state_dict())
     if config.attention_bias:
         for i in range(config.num_hidden_layers):
             weights.setdefault(
@@ -121,7 +121,8 @@ def _copy(model: PreTrainedModel, kind: type[ResFormerForCausalLM], config: ResF
     for i in set(range(config.num_hidden_layers)) - set(config.value_layers):
         for part in ("weight", "bias"):
             weights.pop(f"model.layers.{i}.self_attn.v_proj.{part}", None)
-    converted = kind(config).to(model.dtype)
+    # Made in the model's dtype, not cast to it: a cast would round the rotary frequencies and the coefficients too.
+    converted = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     missing, unexpected = converted.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.startswith("model.value_residual.") and "value_gate" not in name]
     if missing or unexpected:
@@ -129,7 +130,5 @@ def _copy(model: PreTrainedModel, kind: type[ResFormerForCausalLM], config: ResF
             f"The model's weights do not fit: {', '.join([*missing, *unexpected][:3])} … It must be a causal "
             "language model without adapters; merge them first."
         )
-    if converted.model.value_residual is not None:
-        converted.model.value_residual.to(torch.float32)
-    converted.generation_config = model.generation_config
+    converted.generation_config = copy.deepcopy(model.generation_config)
     return converted.to(model.device).train(model.training)
