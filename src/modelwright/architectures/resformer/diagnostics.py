@@ -81,7 +81,8 @@ def attention_concentration(
     """Runs a batch through a model and measures its attention, values and hidden states by layer.
 
     The model is in evaluation mode with eager attention meanwhile, and afterwards as it was. The values are those that
-    are attended over: for ResFormer the mixed ones, for SVFormer the anchor's.
+    are attended over: for ResFormer the mixed ones, for SVFormer the anchor's. If there is padding, each sequence is
+    run alone without it, so it cannot touch the numbers.
 
     Args:
         model: A causal language model with attention in every layer.
@@ -98,38 +99,18 @@ def attention_concentration(
     if int(mask.sum(-1).min()) < 2:
         raise UserError("Attention concentration needs sequences of at least 2 tokens; one in the batch is shorter.")
 
-    with _as_measured(model), _block_outputs(model) as states:
-        output = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=True)
-    attentions, cache = output.get("attentions"), output.get("past_key_values")
-    layers = len(states)
-    if not attentions or len(attentions) != layers or any(a is None for a in attentions) or cache is None:
-        raise UserError(
-            f"A '{model.config.model_type}' model does not give attention weights in every layer to measure."
-        )
-
-    rows: list[list[torch.Tensor]] = []
-    spectra: list[list[float]] = []
-    for layer in range(layers):
-        value = _values(cache, layer, ids.shape[-1]).transpose(1, 2).flatten(-2)
-        spectra.append(value_spectrum(value[mask.bool()]).tolist())
-        measured = []
-        for sequence, kept in enumerate(mask.bool()):
-            attention = attentions[layer][sequence][:, kept][:, :, kept]
-            norms = value[sequence, kept].double().norm(dim=-1)
-            state = states[layer][sequence, kept]
-            lengths = state.double().norm(dim=-1)
-            measured.append(
-                torch.stack([
-                    attention_entropy(attention),
-                    attention.double().mean(0)[:, 0].mean(),
-                    token_similarity(state),
-                    norms[0], norms[1:].mean(), lengths[0], lengths[1:].mean(),
-                ])
-            )  # fmt: skip
-        rows.append(list(torch.stack(measured).mean(0)))
-    entropy, sink, similarity, value_first, value_rest, state_first, state_rest = (
-        [float(row[i]) for row in rows] for i in range(7)
-    )
+    # Rows of padding, which attend to nothing, are NaN in float64, and GPT-2 counts its positions from the padding.
+    kept = mask.bool()
+    batches = [ids] if kept.all() else [row[keep].unsqueeze(0) for row, keep in zip(ids, kept)]
+    measured: list[torch.Tensor] = []
+    values: list[list[torch.Tensor]] = []
+    with _as_measured(model):
+        for part in batches:
+            numbers, vectors = _measure(model, part)
+            measured.append(numbers)
+            values.append(vectors)
+    entropy, sink, similarity, value_first, value_rest, state_first, state_rest = torch.cat(measured).mean(0).tolist()
+    spectra = [value_spectrum(torch.cat(layer)).tolist() for layer in zip(*values)]
     return ConcentrationReport(
         entropy_by_layer=entropy,
         entropy_limit=float(mask.sum(-1).double().log().mean()),
@@ -141,6 +122,31 @@ def attention_concentration(
         residual_norm_rest_by_layer=state_rest,
         value_spectrum_by_layer=spectra,
     )
+
+
+def _measure(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns seven numbers of each sequence, ``(batch, 7, layers)``, and each layer's ``(tokens, width)`` values."""
+    with _block_outputs(model) as states:
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_attentions=True, use_cache=True)
+    attentions, cache = output.get("attentions"), output.get("past_key_values")
+    if not attentions or len(attentions) != len(states) or any(a is None for a in attentions) or cache is None:
+        raise UserError(
+            f"A '{model.config.model_type}' model does not give attention weights in every layer to measure."
+        )
+    layers, vectors = [], []
+    for layer, (attention, state) in enumerate(zip(attentions, states)):
+        value = _values(cache, layer, ids.shape[-1]).transpose(1, 2).flatten(-2)
+        norms, lengths = value.double().norm(dim=-1), state.double().norm(dim=-1)
+        numbers = [
+            torch.stack([attention_entropy(one) for one in attention]),
+            attention[..., 0].double().mean((1, 2)),
+            torch.stack([token_similarity(one) for one in state]),
+            norms[:, 0], norms[:, 1:].mean(-1), lengths[:, 0], lengths[:, 1:].mean(-1),
+        ]  # fmt: skip
+        # On the processor: with a device map, layers may be on several devices.
+        layers.append(torch.stack(numbers, dim=-1).cpu())
+        vectors.append(value.flatten(0, 1).cpu())
+    return torch.stack(layers, dim=-1), vectors
 
 
 def _values(cache: Any, layer: int, tokens: int) -> torch.Tensor:
