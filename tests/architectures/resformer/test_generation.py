@@ -144,6 +144,35 @@ def test_cache_operations_leave_a_cache_of_the_changed_batch(variant):
     after(cache)
 
 
+@pytest.mark.parametrize("variant", ["svformer-anchors", "cla2"])
+def test_assisted_generation_rolls_the_cache_back(variant):
+    model, draft = build(variant, dtype=torch.float32), build(variant, seed=5, dtype=torch.float32)
+    plain = llama(dtype=torch.float32)
+    for target, assistant in ((model, draft), (model, plain), (plain, model)):
+        expected = target.generate(IDS[:1], **GREEDY)
+        assert torch.equal(target.generate(IDS[:1], assistant_model=assistant, **GREEDY), expected)
+    assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=3, **GREEDY), model.generate(IDS[:1], **GREEDY))
+
+
+def test_an_anchors_values_follow_to_the_device_of_the_layer_that_uses_them():
+    cache = SharedValueCache(build("svformer").config)
+    tensor = torch.zeros(1, 2, 3, 8)
+    cache.update(tensor, tensor, 0)
+    keys, values = cache.update(tensor.to("meta"), None, 1)  # with a device map: another GPU
+    assert keys.device == values.device == torch.device("meta")
+    assert cache.values_of(1).device == tensor.device
+
+
+def test_svformer_decodes_compiled_with_symbolic_sizes():
+    model = build("svformer", num_hidden_layers=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        cache = model(IDS[:, :10], use_cache=True).past_key_values
+        pieces = [compiled(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(10, 12)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(IDS).logits[:, 10:], atol=1e-10, rtol=0)
+
+
 def test_svformer_refuses_other_caches():
     model = build("svformer")
     for cache in (
@@ -169,9 +198,9 @@ def test_the_shared_value_cache_refuses_other_models():
         model(IDS, past_key_values=SharedValueCache(build("svformer").config), use_cache=True)
     cache = SharedValueCache(build("svformer").config)
     key = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="layer 1 must not bring values"):
+    with pytest.raises(ValueError, match="layer 1 is no anchor"):
         cache.update(key, key, 1)
-    with pytest.raises(ValueError, match="layer 0 must bring values"):
+    with pytest.raises(ValueError, match="layer 0 is an anchor"):
         cache.update(key, None, 0)
 
 

@@ -57,15 +57,18 @@ class SharedValueCache(DynamicCache):
         Raises:
             ValueError: Values are given at a layer that is not an anchor, or are missing at one that is.
         """
-        if (value_states is not None) != (layer_idx in self.value_layers):
-            raise ValueError(
-                f"layer {layer_idx} must {'' if value_states is None else 'not '}bring values: {self.value_layers=}"
-            )
-        if value_states is None:
+        # Plain branches: torch.compile(dynamic=True) makes layer_idx symbolic, and stumbles over cleverer conditions.
+        if self._anchor_of[layer_idx] == layer_idx:
+            if value_states is None:
+                raise ValueError(f"layer {layer_idx} is an anchor of this cache, so it must bring values")
+        elif value_states is not None:
+            raise ValueError(f"layer {layer_idx} is no anchor of this cache, so it must not bring values")
+        else:
             # Values of width 0: every operation on them works, and they take no memory.
             value_states = key_states.new_empty((*key_states.shape[:-1], 0))
         keys, _ = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return keys, self.layers[self._anchor_of[layer_idx]].values
+        # With a device map, an anchor and a layer that uses it may be on two devices.
+        return keys, self.values_of(layer_idx).to(keys.device)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens.
