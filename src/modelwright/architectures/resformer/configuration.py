@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -76,6 +77,9 @@ class ValueResidualConfig:
                 "Mode 'learnable_plus' takes no lambda_first: it is scale * softmax(theta). Leave it out, or choose "
                 "mode 'learnable'."
             )
+        for name, value in (("lambda_first", self.lambda_first), ("lambda_current", self.lambda_current)):
+            if value is not None and not isinstance(value, Real):
+                raise UserError(f"The value residual's {name} must be a number, not {value!r}.")
         self.lambda_first = float(first if self.lambda_first is None else self.lambda_first)
         self.lambda_current = float(current if self.lambda_current is None else self.lambda_current)
         if not (math.isfinite(self.lambda_first) and math.isfinite(self.lambda_current)):
@@ -97,17 +101,22 @@ class ValueResidualConfig:
                 f"({self.lambda_first}, {self.lambda_current})."
             )
         if self.layers is not None:
-            self.layers = sorted({int(layer) for layer in self.layers})
+            self.layers = _checked_layers("The value residual's layers", self.layers)
 
     @classmethod
     def of(cls, value: ValueResidualConfig | Mapping[str, Any] | None) -> ValueResidualConfig:
         """Returns ``value`` as an instance: a mapping (from config.json) becomes one, None the default.
 
         Raises:
-            UserError: A key is unknown.
+            UserError: It is neither, or a key is unknown.
         """
         if isinstance(value, ValueResidualConfig):
             return value
+        if value is not None and not isinstance(value, Mapping):
+            raise UserError(
+                f"value_residual must be a ValueResidualConfig or a mapping of its settings, such as "
+                f"{{'mode': 'constant'}}, not {value!r}."
+            )
         settings = dict(value or {})
         known = [field.name for field in fields(cls)]
         for key in settings:
@@ -154,6 +163,12 @@ class ValueResidualConfig:
                 "layer(s) has none that mixes: use more layers, or another mode."
             )
         return chosen
+
+
+def _checked_layers(what: str, layers: Any) -> list[int]:
+    if not isinstance(layers, list | tuple) or not all(isinstance(layer, Integral) for layer in layers):
+        raise UserError(f"{what} must be a list of whole numbers, such as [0, 2], not {layers!r}.")
+    return sorted({int(layer) for layer in layers})
 
 
 @strict
@@ -206,6 +221,18 @@ class ResFormerConfig(LlamaConfig):
             )
         if self.num_hidden_layers < 1:
             raise UserError(f"num_hidden_layers must be at least 1, not {self.num_hidden_layers}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        windows = set(getattr(self, "layer_types", None) or []) - {"full_attention"}
+        if windows or getattr(self, "sliding_window", None) is not None:
+            raise UserError(f"{self.model_type} has no sliding windows: leave out sliding_window and layer_types.")
+        if not (math.isfinite(self.neutreno_lambda) and math.isfinite(self.value_scale)):
+            raise UserError(
+                f"neutreno_lambda and value_scale must be finite, not {self.neutreno_lambda} and {self.value_scale}."
+            )
         if not 1 <= self.cla_group_size <= self.num_hidden_layers:
             raise UserError(
                 f"cla_group_size must be between 1 and the number of layers ({self.num_hidden_layers}), not "
@@ -268,7 +295,7 @@ class SVFormerConfig(ResFormerConfig):
     def check(self) -> None:
         """See :meth:`ResFormerConfig.check`."""
         keys = self.key_layers
-        for anchor in self.value_anchors:
+        for anchor in _checked_layers("value_anchors", self.value_anchors):
             if anchor not in keys:
                 raise UserError(
                     f"Value anchor {anchor} is not one of the layers that have keys of their own: {list(keys)} "
@@ -288,4 +315,4 @@ class SVFormerConfig(ResFormerConfig):
     @property
     def value_layers(self) -> tuple[int, ...]:
         """Layers that have a value projection; the others use the values of the last one before them."""
-        return tuple(sorted(set(self.value_anchors)))
+        return tuple(_checked_layers("value_anchors", self.value_anchors))
