@@ -24,7 +24,8 @@ def test_gradient_checkpointing_changes_nothing(variant, reentrant):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     calls = []
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    again, checkpointed = loss_and_gradients(model)
+    # With the cache asked for, as a configuration does by default: checkpointing must switch it off.
+    again, checkpointed = loss_and_gradients(model, lambda ids, **_: model(ids, use_cache=True))
     assert len(calls) == 2, "the block was not recomputed, so nothing was checkpointed"
     torch.testing.assert_close(again, loss, atol=0, rtol=1e-12)
     for name, gradient in gradients.items():
