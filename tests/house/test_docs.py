@@ -39,7 +39,7 @@ def commands():
                 yield pytest.param(line.split(" | ")[0].split(" > ")[0], id=f"{page.stem}: {line[:60]}")
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_commands_exist_with_their_options(line):
     words = shlex.split(line.split("  #")[0])[1:]
     built = app._commands()

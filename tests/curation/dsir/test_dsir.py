@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from modelwright.curation.dsir import DsirSelector
 from modelwright.curation.dsir.selector import Buckets, bucket, gumbel, log_ratio, tokens
@@ -132,8 +133,8 @@ def test_it_finds_the_target_domain():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(UserError, match="pool's texts"):
-        DsirSelector().fit(TARGET)
+    with pytest.raises(UserError, match="call fit with target and pool"):
+        DsirSelector().fit(TARGET).score(["x"])
     with pytest.raises(UserError, match="The target has no tokens"):
         DsirSelector().fit([" "], POOL)
     with pytest.raises(UserError, match="The pool has no tokens"):
@@ -144,6 +145,13 @@ def test_bad_input_is_refused():
         DsirSelector(num_buckets=0)
     with pytest.raises(UserError, match="min_tokens"):
         DsirSelector(min_tokens=-1)
+
+
+def test_select_gives_a_waiting_target_its_pool():
+    options = {"min_tokens": 0, "top_k": True}
+    picked = DsirSelector(**options).fit(TARGET).select(Dataset.from_dict({"text": POOL}), k=5)
+    expected = DsirSelector(**options).fit(TARGET, POOL).score(POOL)
+    assert picked["score"] == sorted(expected, reverse=True)[:5]
 
 
 def test_it_is_a_selector_of_the_catalog():

@@ -119,18 +119,20 @@ class DsirSelector(SelectorMixin):
 
         Args:
             target: Target examples.
-            pool: Texts of the pool; read once, and not kept.
+            pool: Texts of the pool; read once, and not kept. Without it the target waits for `select`, which has it.
 
         Raises:
             UserError: The target or the pool is missing or has no tokens.
         """
         if pool is None:
-            raise UserError("DSIR compares the target with the pool: give fit the pool's texts too.")
+            self.waiting_target = list(target)
+            return self
         in_target, in_pool = self._count(target), self._count(pool)
         for counts, what in ((in_target, "target"), (in_pool, "pool")):
             if not counts.any():
                 raise UserError(f"The {what} has no tokens: give at least one text that is not blank.")
         self._log_ratio = log_ratio(in_target, in_pool, self.laplace)
+        self.waiting_target = None
         return self
 
     def score(self, texts: Sequence[str], workers: int = 1) -> np.ndarray:
