@@ -86,7 +86,6 @@ def _parse(
             limit = min(258, left)
             chain = max_chain
             a, b = data[p], data[p + 1]
-            touched_end = False
             while True:
                 if (
                     data[candidate + best] == data[p + best]
@@ -97,8 +96,6 @@ def _parse(
                     length = 3
                     while length < limit and data[candidate + length] == data[p + length]:
                         length += 1
-                    if length == left and length < 258:
-                        touched_end = True
                     if length > best:
                         best = length
                         where = candidate
@@ -108,9 +105,8 @@ def _parse(
                 chain -= 1
                 if candidate == 0 or chain == 0:
                     break
-            if more_follows and touched_end:
-                break
         if more_follows and best >= 3 and left - best < 3:
+            # The match might be longer, and zlib stores the places within it only if three bytes are left.
             break
         if slot >= 0:
             undo[undone, 0] = slot
