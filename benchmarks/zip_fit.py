@@ -200,7 +200,8 @@ from modelwright.data import Records
 from pathlib import Path
 pool, target, output = sys.argv[1:]
 texts = [json.loads(line)["text"] for line in open(target)]
-select_records(ZipFitSelector(), Records(pool), texts, Rule(top=1000), Outputs(chosen=Path(output)), workers=1)
+selector = ZipFitSelector(compressor="lz4")
+select_records(selector, Records(pool), texts, Rule(top=1000), Outputs(chosen=Path(output)), workers=2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
@@ -211,7 +212,7 @@ def memory(counts: Sequence[int]) -> dict[str, Any]:
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "target.jsonl"
-        target.write_text("".join(json.dumps({"text": text}) + "\n" for text in targets[:10]))
+        target.write_text("".join(json.dumps({"text": text[:200]}) + "\n" for text in targets))
         for count in counts:
             pool = Path(folder) / f"{count}.jsonl"
             with pool.open("w") as stream:
