@@ -10,7 +10,7 @@ from typing import Any
 
 _PACKAGES = (
     "modelwright", "torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy",
-    "scikit-learn", "datatrove", "lz4", "zstandard", "brotli",
+    "scikit-learn", "datatrove", "numba", "lz4", "zstandard", "brotli",
 )  # fmt: skip
 
 
