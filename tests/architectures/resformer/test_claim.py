@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from modelwright.architectures.resformer import claim
+from modelwright.architectures.resformer.diagnostics import attention_concentration
 
 
 @dataclasses.dataclass
@@ -69,3 +71,39 @@ def test_bits_per_byte_is_the_definition():
     assert claim._bits_per_byte(model, data, "cpu") == pytest.approx(
         nats / size / torch.log(torch.tensor(2.0)).item(), rel=1e-5
     )
+
+
+def test_the_entropy_is_that_of_the_last_two_layers():
+    setting = dataclasses.replace(
+        claim.SETTINGS["miniature"], shape={**claim.SETTINGS["miniature"].shape, "num_hidden_layers": 4}
+    )
+    model = claim.build("resformer", setting, 0).eval()
+    ids = torch.randint(setting.vocabulary, (4, 25), generator=torch.Generator().manual_seed(0))
+    layers = attention_concentration(model, ids[:, :-1]).entropy_by_layer
+    assert len(set(layers)) == 4
+    assert claim._deep_entropy(model, ids, "cpu") == pytest.approx((layers[2] + layers[3]) / 2)
+
+
+def test_training_warms_up_and_falls_to_a_tenth_without_decay_of_coefficients():
+    setting = dataclasses.replace(claim.SETTINGS["miniature"], steps=40)
+    rates, spared = [], []
+
+    def record(optimizer, *_):
+        rates.append({group["lr"] for group in optimizer.param_groups})
+        spared.append({len(p.shape) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]})
+
+    handle = register_optimizer_step_pre_hook(record)
+    try:
+        # DenseFormer's coefficients are a matrix, which a rule by shape alone would let decay.
+        claim._trained("denseformer", setting, 0, 1e-2, torch.arange(200) % setting.vocabulary, "cpu")
+    finally:
+        handle.remove()
+    assert all(len(rate) == 1 for rate in rates)
+    values = [rate.pop() for rate in rates]
+    peak = values.index(max(values))
+    assert values[peak] == pytest.approx(1e-2)
+    assert values[: peak + 1] == sorted(values[: peak + 1])
+    assert values[peak:] == sorted(values[peak:], reverse=True)
+    assert values[0] < 0.5e-2
+    assert 1e-3 <= values[-1] < 1.2e-3
+    assert all(dimensions == {1, 2} for dimensions in spared)
