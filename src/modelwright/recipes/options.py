@@ -8,8 +8,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from modelwright.recipes.source import Place
 from modelwright.options import Arg
+from modelwright.recipes.source import Place
 
 REQUIRED = dataclasses.MISSING
 
