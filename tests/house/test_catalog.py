@@ -1,4 +1,3 @@
-import re
 import textwrap
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def test_a_cards_example_runs(card, tmp_path, monkeypatch):
 def test_names_are_forgiving_and_errors_suggest():
     assert catalog.find("ZIP_FIT").name == "zip-fit"
     assert catalog.find("svformer").name == "resformer"
-    with pytest.raises(UserError, match=re.escape("did you mean 'zip-fit'?")):
+    with pytest.raises(UserError, match="did you mean .*'zip-fit'"):
         catalog.find("zipfitt")
     with pytest.raises(UserError, match="did you mean 'dsir'"):
         catalog.load("selectors", "dsirr")

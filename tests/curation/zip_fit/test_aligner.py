@@ -215,8 +215,11 @@ import os, sys, threading, time
 from modelwright.curation.zip_fit import CompressionAligner
 aligner = CompressionAligner(["target text " * 50] * 50, level=9, engine="library")
 def ready():
-    time.sleep(5)
-    kids = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+    kids = []
+    while len(kids) < 2:  # how long the workers take to start depends on what else the machine does
+        time.sleep(0.2)
+        kids = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+    time.sleep(2)
     print(*kids, flush=True)
 threading.Thread(target=ready, daemon=True).start()
 aligner.score(["source text %d " % i * 200 for i in range(100_000)], num_proc=2)
