@@ -9,6 +9,9 @@ import time
 
 import pytest
 
+from modelwright.cli import main
+from modelwright.cli.from_verb import _parse_pairs, _show
+from modelwright.errors import UserError
 from modelwright.verbs import VERBS
 
 MODELWRIGHT = [sys.executable, "-m", "modelwright"]
@@ -76,6 +79,57 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pairs_are_read_as_yaml_1_2():
+    assert _parse_pairs(["a=3e-4", "b=no", "c=1:30", "d=null", "e=[1, 2e0]", "f=x=y"], "set") == {
+        "a": 3e-4, "b": "no", "c": "1:30", "d": None, "e": [1, 2.0], "f": "x=y",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="key=value"):
+        _parse_pairs(["a"], "set")
+
+
+def test_a_result_is_shown_with_its_small_tables_and_examples(capsys):
+    _show(
+        {
+            "tokens_per_second": 56510.3,
+            "score": 0.12345678,
+            "groups": {"b": 6, "a": 1234},
+            "counts": {"pool": {"rows": 3}, "target": {"rows": 1}},
+            "many": {str(i): i for i in range(20)},
+            "nothing": None,
+            "examples": [{"rank": 1, "text": "two\nlines " + "x" * 200}] * 5,
+        }
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == [
+        "tokens per second  56,510",
+        "score              0.1235",
+        "groups             b 6, a 1,234",
+        "counts, pool       rows 3",
+        "counts, target     rows 1",
+    ]
+    assert [line[:15] for line in lines[5:]] == ["  1 | two lines"] * 3
+    assert max(map(len, lines)) < 150
+
+
+def test_a_methods_own_options_stand_apart():
+    shown = modelwright("select", "zip-fit", "--help").stdout
+    common, own = shown.split("Options of zip-fit:")
+    assert "--pool" in common
+    assert "--compressor" in own
+    assert "--compressor" not in common
+    assert ":class:" not in shown
+
+
+def test_ctrl_c_before_the_verb_runs_is_no_traceback(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modelwright.cli.app.run_command_line", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
 
 
 def test_a_closed_pipe_is_not_an_error():

@@ -174,6 +174,23 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
+def test_what_was_refused_before_the_first_row_is_in_nobodys_way(folder, tmp_path):
+    with pytest.raises(UserError, match=r"no field 'question'.*--prompt-field"):
+        verb(folder, tmp_path / "a.jsonl", prompt_field="question").run(Silent())
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.jsonl.partial.jsonl").write_text('{"plan": {}}\n')  # killed before the first row
+    verb(folder, tmp_path / "a.jsonl").run(Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_is_refused(temperature):
+    model = tiny_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    with pytest.raises(UserError, match="not numbers"):
+        list(generate(model, TOKENIZER, ["a"], Sampling(max_new_tokens=2, temperature=temperature)))
+
+
 def test_faults(folder, tmp_path):
     with pytest.raises(UserError, match="no prompts"):
         Generate(model=str(folder / "model"), output=tmp_path / "a.jsonl").run(Silent())

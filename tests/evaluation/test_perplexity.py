@@ -64,6 +64,25 @@ def test_standard_error_is_that_of_the_ratio():
     assert torch.tensor(errors).mean() == pytest.approx(torch.tensor(ratios).std().item(), rel=0.1)
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_probability_that_is_not_finite_is_refused(value):
+    totals = Totals()
+    totals.add(DocumentScore(-1.0, 1, 1, 1))
+    with pytest.raises(UserError, match="document 2"):
+        totals.add(DocumentScore(value, 1, 1, 1))
+
+
+def test_samples_do_not_stay_without_results(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("modelwright.files.write_json", _full)
+    with pytest.raises(OSError, match="full"):
+        run(folder, tmp_path, samples=tmp_path / "samples.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _full(*_, **__):
+    raise OSError("full")
+
+
 def test_one_document_has_no_standard_error(folder, tmp_path):
     assert run(folder, tmp_path, limit=1)["bits_per_byte_stderr"] is None
     written = json.loads((tmp_path / "out.json").read_text())

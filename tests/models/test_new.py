@@ -23,6 +23,13 @@ def test_a_typing_error_is_not_kept_as_an_attribute(key):
         new_config("llama", {key: 32})
 
 
+def test_a_model_that_sees_what_it_should_predict_is_refused():
+    with pytest.raises(UserError, match="--set is_decoder=true"):
+        new_config("bert")
+    assert new_config("bert", {"is_decoder": "true"}).is_decoder
+    assert new_config("gpt_neox").model_type == "gpt_neox"  # always causal, whatever its is_decoder says
+
+
 def test_dotted_settings():
     config = new_config("llama", {"rope_parameters.rope_theta": "5e5"})
     assert config.rope_parameters["rope_theta"] == 5e5

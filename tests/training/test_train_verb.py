@@ -169,7 +169,21 @@ def test_two_at_once_are_refused(folder, tmp_path):
 def test_force_discards_an_unfinished_run(folder, tmp_path):
     with working_folder(tmp_path / "m", {"steps": 1}, False) as work:
         (work / "left").touch()
+        (work / "checkpoint-1").mkdir()
+        (work / "checkpoint-1" / "modelwright.json").touch()
+    with (
+        pytest.raises(UserError, match=r"unfinished run with other options \(steps\)"),
+        working_folder(tmp_path / "m", {"steps": 2}, False),
+    ):
+        pass
     with working_folder(tmp_path / "m", {"steps": 2}, True) as work:
+        assert not (work / "left").exists()
+
+
+def test_a_run_without_a_checkpoint_is_in_nobodys_way(folder, tmp_path):
+    with working_folder(tmp_path / "m", {"steps": 1}, False) as work:
+        (work / "left").touch()
+    with working_folder(tmp_path / "m", {"steps": 2}, False) as work:
         assert not (work / "left").exists()
 
 
@@ -201,8 +215,7 @@ def test_continuing_a_checkpoint_keeps_its_dtype(folder, tmp_path):
 def test_faults_leave_nothing_behind(folder, tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         verb(folder, tmp_path / "out" / "m", **keys).run(Silent())
-    assert not list((tmp_path / "out").glob("m*")) or not list((tmp_path / "out" / "m.training").glob("checkpoint*"))
-    assert not (tmp_path / "out" / "m").exists()
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_an_existing_output_is_refused_before_any_work(folder, tmp_path):

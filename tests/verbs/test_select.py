@@ -80,6 +80,21 @@ def test_methods_without_a_target() -> None:
     assert result["target_documents"] == 0
 
 
+def test_scores_do_not_stay_without_the_chosen_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelwright.curation import stream
+
+    def full(path: Path, *rest: Any) -> None:
+        if Path(path).name == "chosen.jsonl":
+            raise UserError("full")
+        write_rows(path, *rest)
+
+    monkeypatch.setattr(stream, "write_rows", full)
+    before = sorted(Path().iterdir())
+    with pytest.raises(UserError, match="full"):
+        Select(method="random", pool=["pool.jsonl"], top=3, scores=Path("scores.jsonl")).run(Silent())
+    assert sorted(Path().iterdir()) == before
+
+
 def test_contamination() -> None:
     result = select(top=10, heldout=["heldout.jsonl"], ngram=7)
     assert result["contamination"]["contaminated_documents"] == 1

@@ -7,6 +7,13 @@ import sys
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 a defect of ours, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # before the command's own guard stood
+        raise SystemExit(130) from None
+
+
+def _main() -> None:
     arguments = sys.argv[1:]
     if arguments in (["--version"], ["-V"]):
         from modelwright import __version__

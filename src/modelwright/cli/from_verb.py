@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import sys
 import types
 import typing
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from modelwright.cli.guard import guarded
 from modelwright.errors import UserError
@@ -22,16 +23,23 @@ def _parse_pairs(pairs: list[str], option: str) -> dict[str, Any]:
     """Reads ``key=value`` pairs; values are YAML, so ``level=1`` is a number and ``dedup=true`` a truth value."""
     import yaml
 
+    from modelwright.values import parse_value
+
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UserError(f"--{option} {pair!r} is not of the form key=value.")
         try:
-            parsed[key] = yaml.safe_load(value)
+            parsed[key] = parse_value(value)
         except yaml.YAMLError as error:
             raise UserError(f"--{option} {pair!r}: {value!r} is not a valid value.") from error
     return parsed
+
+
+def _plain(text: str) -> str:
+    """Drops what a docstring's cross-references are written with: only the last name of each is for the terminal."""
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`|``([^`]+)``", lambda m: m[1] or m[2], text)
 
 
 def _is_dict(hint: Any) -> bool:
@@ -72,11 +80,20 @@ def _parameters(cls: type, skip: set[str]) -> tuple[list[inspect.Parameter], set
             names = [flag + ("" if default is False else f"/--no-{flag[2:]}")]
             info = typer.Option(*names, *([arg.short] if arg.short else []), help=arg.help)
         else:
+            repeated, help_text = _is_sequence(hint) or field.name in pairs, arg.help
+            if repeated and not re.search("repeat|several", help_text):
+                help_text += " May be repeated."
             info = typer.Option(
                 flag,
                 *([arg.short] if arg.short else []),
-                help=arg.help,
-                metavar="KEY=VALUE" if field.name in pairs else None,
+                help=help_text,
+                metavar="KEY=VALUE"
+                if field.name in pairs
+                else "<path>"
+                if "Path" in str(hint) and repeated
+                else "<str>"
+                if repeated
+                else None,
                 show_default=default not in (None, [], ""),
             )
         parameters.append(
@@ -144,23 +161,67 @@ def build_command(
     hidden = inspect.Signature(parameters + extra_parameters)
     command.__signature__ = hidden  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in hidden.parameters.values()}
-    command.__doc__ = help_text or inspect.getdoc(verb)
+    command.__doc__ = _plain(help_text or inspect.getdoc(verb) or "")
     command.__name__ = verb.__name__
     app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings={"max_content_width": 110})
-    app.command(no_args_is_help=any(p.default is inspect.Parameter.empty for p in parameters))(guarded(command))
+    sections = _sections({p.name for p in extra_parameters}, fixed)
+    app.command(cls=sections, no_args_is_help=any(p.default is inspect.Parameter.empty for p in parameters))(
+        guarded(command)
+    )
     return typer.main.get_command(app)
 
 
+def _sections(own: set[str], fixed: dict[str, Any]) -> type[TyperCommand]:
+    """Returns a command class whose help lists a method's own options apart from those that all methods have."""
+    if not own:
+        return TyperCommand
+
+    class Sectioned(TyperCommand):
+        def format_options(self, ctx: Any, formatter: Any) -> None:
+            common: list[Any] = []
+            special: list[Any] = []
+            for parameter in self.get_params(ctx):
+                if (record := parameter.get_help_record(ctx)) is not None:
+                    (special if parameter.name in own else common).append(record)
+            for title, records in (("Options", common), (f"Options of {' '.join(fixed.values())}", special)):
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    return Sectioned
+
+
 def _show(result: dict[str, Any]) -> None:
-    """Prints the plain values of a result, one a line."""
-    width = max((len(k) for k, v in result.items() if not isinstance(v, (dict, list))), default=0)
+    """Prints a result for a person: plain values and small tables one a line, then up to three examples."""
+    lines: dict[str, str] = {}
     for key, value in result.items():
-        if isinstance(value, (dict, list)) or value is None:
-            continue
-        if isinstance(value, float):
-            value = f"{value:.4g}"
-        elif isinstance(value, int) and not isinstance(value, bool):
-            value = f"{value:,}"
-        elif isinstance(value, Path):
-            value = str(value)
-        sys.stdout.write(f"{key.replace('_', ' '):<{width}}  {value}\n")
+        label = key.replace("_", " ")
+        if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
+            lines |= {f"{label}, {inner}": _shown(v) for inner, v in value.items()}
+        elif key != "examples":
+            lines[label] = _shown(value)
+    width = max((len(key) for key, value in lines.items() if value), default=0)
+    for key, value in lines.items():
+        if value:
+            sys.stdout.write(f"{key:<{width}}  {value}\n")
+    for warning in result.get("warnings") or []:
+        sys.stdout.write(f"warning: {warning}\n")
+    examples = [e for e in result.get("examples") or [] if isinstance(e, dict)][:3]
+    for example in examples:
+        cells = (" ".join(_shown(value).split()) for value in example.values())
+        sys.stdout.write("  " + " | ".join(cell if len(cell) <= 120 else cell[:119] + "…" for cell in cells) + "\n")
+
+
+def _shown(value: Any) -> str:
+    """One value on one line; empty for what has no place there, such as lists and large tables."""
+    if value is None or isinstance(value, list):
+        return ""
+    if isinstance(value, dict):
+        cells = {str(k): _shown(v) for k, v in value.items() if not isinstance(v, dict)}
+        cells = {k: v for k, v in cells.items() if v}
+        few = len(cells) <= 8 and len(value) - len(cells) <= 2
+        return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in cells.items()) if few else ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

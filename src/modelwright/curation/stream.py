@@ -30,7 +30,7 @@ from modelwright.curation.selector import Selector
 from modelwright.data import Record, Records, write_rows
 from modelwright.data.write import check_format
 from modelwright.errors import UserError, did_you_mean
-from modelwright.files import check_output
+from modelwright.files import atomic_path, check_output
 from modelwright.progress import Progress, Silent
 
 #: Seconds of scoring after which a mistake in the rule does not throw the scores away.
@@ -229,9 +229,12 @@ def _write(
     )
     if outputs.order == "rank":
         rows = _sorted_on_disk(rows, len(chosen), log.folder)
-    write_rows(outputs.chosen, rows, outputs.force)
-    if outputs.scores is not None:
-        write_rows(outputs.scores, _all_scores(table, rank, log.groups), outputs.force)
+    with contextlib.ExitStack() as both:
+        if outputs.scores is not None:
+            # In place only when the chosen rows are: a disk that fills up leaves neither of them.
+            staged = both.enter_context(atomic_path(outputs.scores, outputs.force))
+            write_rows(staged, _all_scores(table, rank, log.groups))
+        write_rows(outputs.chosen, rows, outputs.force)
     tokens = int(table["tokens"][chosen].sum(dtype=np.int64)) if columns.tokens else seen.tokens
     report = make_report(np.ascontiguousarray(table["score"]), table["length"], chosen, tokens)
     summary = dataclasses.asdict(report) | {"examples": seen.examples()}

@@ -53,6 +53,7 @@ class Records(Iterable[Record]):
         text_field: Field that holds the text.
         encoding_errors: ``strict`` refuses bytes that are not UTF-8 and lone surrogates; ``replace`` puts U+FFFD.
         columns: Columns to read of Parquet files and hub data sets beside the text field; all by default.
+        field_option: Name of the option that a user changes when the text field is missing, for the message.
 
     Raises:
         UserError: A source does not exist or is of no known kind. Iterating raises it for every fault in the data,
@@ -65,12 +66,14 @@ class Records(Iterable[Record]):
         text_field: str = "text",
         encoding_errors: Literal["strict", "replace"] = "strict",
         columns: Sequence[str] | None = None,
+        field_option: str = "text_field",
     ) -> None:
         if encoding_errors not in ("strict", "replace"):
             raise UserError(f"encoding_errors must be 'strict' or 'replace', not {encoding_errors!r}.")
         self.text_field = text_field
         self.encoding_errors: formats.Errors = encoding_errors
         self.columns = None if columns is None else list(dict.fromkeys([text_field, *columns]))
+        self.field_option = field_option
         self.sources = resolve([sources] if isinstance(sources, str | Path) else list(sources))
         self._spool: Path | None = None
 
@@ -155,9 +158,11 @@ class Records(Iterable[Record]):
             text = row[self.text_field]
         except KeyError:
             known = [str(k) for k in row]
+            near = did_you_mean(self.text_field, known)
             raise UserError(
-                f"{where} has no field '{self.text_field}' (fields: {', '.join(known) or 'none'}); "
-                f"{did_you_mean(self.text_field, known)} Name it with text_field (--text-field)."
+                f"{where} has no field '{self.text_field}' (fields: {', '.join(known) or 'none'})"
+                f"{f'; {near}' if near.startswith('did') else ':'} "
+                f"Name it with {self.field_option} (--{self.field_option.replace('_', '-')})."
             ) from None
         if not isinstance(text, str):
             kind = "null" if text is None else f"of type {type(text).__name__}"

@@ -96,6 +96,23 @@ class GumbelDraw(LogitsProcessor):
         return scores.float() - noise.log()
 
 
+class RefuseNan(LogitsProcessor):
+    """Stops at scores that are not numbers, from which every token could be taken for the most probable."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Returns the scores as they are.
+
+        Raises:
+            UserError: One of them is NaN.
+        """
+        if torch.isnan(scores).any():
+            raise UserError(
+                "The model's scores of the next token are not numbers: its weights hold values that are not finite, or "
+                "they overflow in this dtype (try --dtype float32)."
+            )
+        return scores
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What a model wrote.
@@ -179,9 +196,9 @@ def generate(
                 )
         ids, mask = left_pad([row for row in rows for _ in range(samples)], _padding(model, tokenizer))
         seeds = [stream_seed(sampling.seed, number + i, s) for i in range(len(group)) for s in range(samples)]
-        processors = LogitsProcessorList()
+        processors = LogitsProcessorList([RefuseNan()])
         if sampling.temperature > 0:
-            processors = sampling.warpers()
+            processors += sampling.warpers()
             processors.append(GumbelDraw(seeds, model.device))
         with torch.no_grad():
             out = run(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from modelwright.data.write import check_format, write_rows
 from modelwright.decoding.generate import Completion, Sampling, chat_prompt, generate
 from modelwright.errors import UserError
-from modelwright.files import check_output
+from modelwright.files import atomic_path, check_output
 from modelwright.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -73,19 +73,24 @@ def generate_to_file(
             yield chat_prompt(tokenizer, prompt, system) if chat else prompt
 
     tokens, began = 0, time.perf_counter()
-    with partial.open("a", encoding="utf-8") as stream:
-        found = generate(
-            model, tokenizer, prompts(), sampling,
-            samples=samples, batch_size=batch_size, special_tokens=not chat, start=done,
-        )  # fmt: skip
-        for completions in found:
-            prompt, row = kept.pop(0)
-            stream.write("".join(_line(row, prompt, c, i, samples) for i, c in enumerate(completions)))
-            stream.flush()
-            tokens += sum(c.tokens for c in completions)
-            progress.advance(1, f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+    try:
+        with partial.open("a", encoding="utf-8") as stream:
+            found = generate(
+                model, tokenizer, prompts(), sampling,
+                samples=samples, batch_size=batch_size, special_tokens=not chat, start=done,
+            )  # fmt: skip
+            for completions in found:
+                prompt, row = kept.pop(0)
+                stream.write("".join(_line(row, prompt, c, i, samples) for i, c in enumerate(completions)))
+                stream.flush()
+                tokens += sum(c.tokens for c in completions)
+                progress.advance(1, f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+    except (UserError, OSError):
+        if not done and not tokens:  # nothing to continue, so nothing to stand in the mended command's way
+            partial.unlink(missing_ok=True)
+        raise
     seconds = time.perf_counter() - began
-    counts: dict[str, Any] = {"completions": 0, "generated_tokens": 0, "finish": {}}
+    counts: dict[str, Any] = {"completions": 0, "generated_tokens": 0, "finish": {}, "examples": []}
     write_rows(output, _counted(partial, counts), force)
     partial.unlink()
     return {
@@ -108,16 +113,14 @@ def _reopen(partial: Path, plan: dict[str, Any], samples: int, force: bool) -> i
     """Prepares the partial file, whose first line is the plan; returns how many prompts are in it already."""
     header = json.dumps({"plan": plan}, default=str) + "\n"
     lines = partial.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if partial.exists() else []
-    if lines and lines[0].endswith("\n") and lines[0] != header and not force:
+    if len(lines) > 1 and lines[0] != header and not force:
         raise UserError(
             f"{partial} holds an unfinished run with other options: repeat that command to finish it, or give --force."
         )
     whole = [line for line in lines[1:] if line.endswith("\n")] if lines and lines[0] == header else []
     done = len(whole) // samples
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    beside = partial.with_name(partial.name + ".new")
-    beside.write_text(header + "".join(whole[: done * samples]), encoding="utf-8")
-    beside.replace(partial)
+    with atomic_path(partial, force=True) as new:
+        new.write_text(header + "".join(whole[: done * samples]), encoding="utf-8")
     return done
 
 
@@ -129,4 +132,6 @@ def _counted(partial: Path, counts: dict[str, Any]) -> Iterator[dict[str, Any]]:
             counts["completions"] += 1
             counts["generated_tokens"] += row["tokens"]
             counts["finish"][row["finish"]] = counts["finish"].get(row["finish"], 0) + 1
+            if len(counts["examples"]) < 3:
+                counts["examples"].append({"prompt": row["prompt"], "completion": row["completion"][:500]})
             yield row

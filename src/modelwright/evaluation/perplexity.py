@@ -35,7 +35,16 @@ class Totals:
     _lengths: list[int] = field(default_factory=list)
 
     def add(self, score: DocumentScore) -> None:
-        """Counts a document."""
+        """Counts a document.
+
+        Raises:
+            UserError: The model gave no finite probability.
+        """
+        if not math.isfinite(score.log_probability):
+            raise UserError(
+                f"The model's log-probability of document {self.documents + 1} is {score.log_probability}: its weights "
+                f"hold values that are not finite, or they overflow in this dtype (try --dtype float32)."
+            )
         self.documents += 1
         self.tokens += score.tokens
         self.bytes += score.bytes

@@ -11,6 +11,7 @@ import yaml
 from modelwright import catalog
 from modelwright.errors import UserError, did_you_mean
 from modelwright.models.tiny import seeded
+from modelwright.values import parse_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,20 @@ def new_config(
         raise UserError(f"The settings for {architecture} are not valid: {_sentence(error)}") from error
     if tokenizer is not None and config.vocab_size < len(tokenizer):
         raise UserError(f"vocab_size is {config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens.")
+    _check_causal(config)
     return config
+
+
+def _check_causal(config: PreTrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    # BERT and its kin are causal only on request; without, a model learns to copy the token it should predict.
+    both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    if both_ways and getattr(config, "is_decoder", True) is False:
+        raise UserError(
+            f"A {config.model_type} model sees the tokens it should predict unless it is made a decoder: "
+            f"add --set is_decoder=true."
+        )
 
 
 def _maker(architecture: str) -> Any:
@@ -90,15 +104,9 @@ def _typed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        value = yaml.safe_load(value)
+        return parse_value(value)
     except yaml.YAMLError as error:
         raise UserError(f"The setting {value!r} is not valid YAML: {_sentence(error)}") from error
-    if isinstance(value, str):
-        try:
-            return float(value)  # 1e-5 has no point, which YAML takes for text
-        except ValueError:
-            return value
-    return value
 
 
 def _fields(value: Any) -> list[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,25 +10,10 @@ from typing import Any
 import yaml
 
 from modelwright.errors import UserError, did_you_mean
+from modelwright.values import Loader, parse_value
 
 #: Where a value stands: keys and list indices from the top of the file.
 Place = tuple[Any, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2, in which ``no`` is a word and ``3e-4`` a number."""
-
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - PyYAML's own way
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", "-+0123456789."),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", r"<<", "<"),
-):  # fmt: skip
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 @dataclass
@@ -76,7 +60,7 @@ def read_source(name: str, folder: Path, text: str, overrides: Sequence[str] = (
     """
     source = Source(name, folder, text)
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         source.value = _construct(loader, node, (), source, ()) if node is not None else None
     except yaml.MarkedYAMLError as error:
@@ -92,7 +76,7 @@ def read_source(name: str, folder: Path, text: str, overrides: Sequence[str] = (
     return source
 
 
-def _construct(loader: _Loader, node: yaml.Node, place: Place, source: Source, above: tuple[int, ...]) -> Any:
+def _construct(loader: Loader, node: yaml.Node, place: Place, source: Source, above: tuple[int, ...]) -> Any:
     if id(node) in above:
         raise UserError(f"{source.name}:{node.start_mark.line + 1}: this YAML alias contains itself.")
     above = (*above, id(node))
@@ -134,7 +118,7 @@ def _override(source: Source, override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"--set {override!r} is not of the form path.to.key=value.")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = parse_value(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: {text!r} is not a valid YAML value.") from error
     inside = source.value

@@ -235,7 +235,8 @@ def working_folder(output: Path, plan: dict[str, Any], force: bool, leader: bool
 
     Args:
         output: The model folder that is being made.
-        plan: Everything that the result depends on; a run of another plan is not resumed.
+        plan: Everything that the result depends on; a run of another plan is not resumed, and is in the way once it
+            has saved a checkpoint.
         force: Whether to discard such a run.
         leader: Whether this is the process of a distributed run that writes.
 
@@ -262,14 +263,20 @@ def working_folder(output: Path, plan: dict[str, Any], force: bool, leader: bool
         if folder.exists() and not path.exists():
             shutil.rmtree(folder)  # cut short before anything was done
         if path.exists() and (differing := _differences(read_json(path), plan)):
-            if not force:
+            if latest_checkpoint(folder) and not force:
                 raise UserError(
                     f"{folder} holds an unfinished run with other options ({', '.join(differing)}): repeat that "
                     f"command to finish it, or give --force to discard it."
                 )
             shutil.rmtree(folder)
-        write_json(path, plan)
-        yield folder
+        try:
+            write_json(path, plan)
+            yield folder
+        except (UserError, OSError):
+            # Nothing was trained, so nothing is to be resumed: the mended command must not find this in its way.
+            if latest_checkpoint(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     finally:
         lock.release()
         with contextlib.suppress(OSError):

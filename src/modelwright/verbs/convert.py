@@ -12,7 +12,7 @@ from modelwright.progress import Progress
 
 @dataclass(kw_only=True)
 class Convert:
-    """Converts a model to another architecture, keeping its weights.
+    """Convert a model to another architecture, keeping its weights.
 
     `modelwright convert resformer --model my-llama --output my-resformer` adds learnable value residuals that start
     where the checkpoint is, so continued training has no jump in its loss.
@@ -20,7 +20,7 @@ class Convert:
 
     architecture: Annotated[str, Arg("Architecture to convert to: resformer or svformer.", positional=True)]
     model: Annotated[str, Arg("Model folder or hub id to convert.", kind="input")]
-    output: Annotated[Path, Arg("Model folder to write.", kind="output", filename="model")]
+    output: Annotated[Path, Arg("Model folder to write.", short="-o", kind="output", filename="model")]
     set: Annotated[dict[str, Any], Arg("Setting of the architecture, such as mode=constant; repeatable.")] = field(
         default_factory=dict
     )
@@ -73,13 +73,12 @@ class Convert:
 def _checked(convert: Any, settings: dict[str, Any]) -> dict[str, Any]:
     import inspect
 
-    import yaml
-
     from modelwright.errors import UserError, did_you_mean
+    from modelwright.values import parse_value
 
     known = [p.name for p in inspect.signature(convert).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in settings:
         if name not in known:
             raise UserError(f"--set {name}: the conversion has no such setting; {did_you_mean(name, known)}")
     # On the command line everything is text: 0.5, null and [2, 3] mean what they do in a recipe.
-    return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in settings.items()}
+    return {name: parse_value(value) if isinstance(value, str) else value for name, value in settings.items()}

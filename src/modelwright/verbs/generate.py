@@ -72,7 +72,7 @@ class Generate:
         names = [f.name for f in dataclasses.fields(Sampling)]
         sampling = Sampling(**{n: getattr(self, n) for n in names if n != "stop"}, stop=tuple(self.stop))
         sampling.check()
-        records = Records(self.prompts, self.prompt_field) if self.prompts else None
+        records = Records(self.prompts, self.prompt_field, field_option="prompt_field") if self.prompts else None
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
         folder = Path(self.model)

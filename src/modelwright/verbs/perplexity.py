@@ -34,6 +34,7 @@ class Perplexity:
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """Measures; returns bits_per_byte, byte_perplexity, token_perplexity, documents, bytes, tokens and more."""
+        import contextlib
         import itertools
 
         import torch
@@ -42,7 +43,7 @@ class Perplexity:
         from modelwright.data.write import check_format, write_rows
         from modelwright.errors import UserError
         from modelwright.evaluation.perplexity import Totals, as_results, sample_rows
-        from modelwright.files import check_output, write_json
+        from modelwright.files import atomic_path, check_output, write_json
         from modelwright.models.loading import load_model, load_tokenizer
         from modelwright.models.scoring import resolve_window, score_documents
 
@@ -67,20 +68,22 @@ class Perplexity:
 
         progress.start("evaluate", self.limit)
         try:
-            if self.samples is not None:
-                write_rows(self.samples, rows(), self.force)
-            else:
-                for _ in rows():
-                    pass
+            with contextlib.ExitStack() as both:
+                if self.samples is not None:
+                    # In place only when the results are: a disk that fills up leaves neither of them.
+                    write_rows(both.enter_context(atomic_path(self.samples, self.force)), rows())
+                else:
+                    for _ in rows():
+                        pass
+                write_json(
+                    self.output,
+                    as_results(model, totals, task=self.name, window=window, stride=stride, batch_size=self.batch_size),
+                    self.force,
+                )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"Memory is full at {self.batch_size} windows of {window} tokens: use a smaller --batch-size."
             ) from error
-        write_json(
-            self.output,
-            as_results(model, totals, task=self.name, window=window, stride=stride, batch_size=self.batch_size),
-            self.force,
-        )
         return {
             "output": str(self.output),
             **totals.metrics(),

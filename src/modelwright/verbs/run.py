@@ -13,7 +13,7 @@ from modelwright.progress import Progress
 
 @dataclass(kw_only=True)
 class Run:
-    """Runs a recipe: a YAML file of steps, or the name of a bundled one such as quickstart.
+    """Run a recipe: a YAML file of steps, or the name of a bundled one such as quickstart.
 
     Results are kept in the run's folder under keys of their content, so the same command does only what has changed,
     and continues after Ctrl-C, a crash or kill -9.

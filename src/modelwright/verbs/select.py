@@ -12,7 +12,7 @@ from modelwright.progress import Progress
 
 @dataclass(kw_only=True)
 class Select:
-    """Chooses documents from a pool that look like a target, and writes them with their score and rank.
+    """Choose documents from a pool that look like a target, and write them with their score and rank.
 
     Say how much to keep by --top, --token-budget, --byte-budget or --threshold. A pool may be larger than memory. A run
     that was stopped is continued by the same command.
@@ -31,7 +31,13 @@ class Select:
         list[str], Arg("Examples of what is wanted, in any of the same forms. May be repeated.", kind="input")
     ] = field(default_factory=list)
     output: Annotated[
-        Path, Arg("File for the chosen rows (.jsonl, .json, .csv, .parquet).", kind="output", filename="chosen.jsonl")
+        Path,
+        Arg(
+            "File for the chosen rows (.jsonl, .json, .csv, .parquet).",
+            short="-o",
+            kind="output",
+            filename="chosen.jsonl",
+        ),
     ] = Path("chosen.jsonl")
     top: Annotated[int | None, Arg("Documents to keep.")] = None
     token_budget: Annotated[int | None, Arg("Tokens to keep: documents by rank while they fit.")] = None
@@ -110,7 +116,12 @@ class Select:
         heldout = None
         if self.heldout:
             heldout = HeldOut(n=self.ngram).add(
-                Records(self.heldout, self.heldout_field or self.text_field, self.encoding_errors).texts()
+                Records(
+                    self.heldout,
+                    self.heldout_field or self.text_field,
+                    self.encoding_errors,
+                    field_option="heldout_field",
+                ).texts()
             )
         result: dict[str, Any] = {
             "method": self.method,
@@ -159,7 +170,11 @@ class Select:
         if not self.target:
             return []
         texts = read_texts(
-            self.target, self.target_field or self.text_field, encoding_errors=self.encoding_errors, columns=()
+            self.target,
+            self.target_field or self.text_field,
+            encoding_errors=self.encoding_errors,
+            columns=(),
+            field_option="target_field",
         )
         kept = [text for text in texts if text and not text.isspace()]
         if not kept:
