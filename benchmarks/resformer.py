@@ -76,6 +76,28 @@ def summary(seconds: dict[str, list[float]], tokens: int) -> dict[str, dict[str,
     }
 
 
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the documentation's page of benchmarks shows of the result."""
+    rows = [
+        {
+            "model": name,
+            "training (tokens/s)": result["training"][name]["tokens_per_second"],
+            "÷ Llama": result["training"][name]["ratio_to_llama"],
+            "decoding (tokens/s)": result["decoding"][name]["tokens_per_second"],
+            "decoding ÷ Llama": result["decoding"][name]["ratio_to_llama"],
+            "cache ÷ Llama": result["cache"][name]["ratio_to_llama"],
+        }
+        for name in result["cache"]
+    ]
+    return {
+        "title": "ResFormer and SVFormer: speed and cache against Llama",
+        "question": "Does the value residual cost time, and does sharing values save memory?",
+        "rows": rows,
+        "notes": "'llama (again)' is the same model measured twice: its ratio is the noise.",
+        "command": "python benchmarks/resformer.py",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs; numbers mean little")
@@ -171,7 +193,7 @@ def main() -> None:
             "svformer_cache_ratio": (layers + 1) / (2 * layers),
         },
     }  # fmt: skip
-    write_json(options.output, result)
+    write_json(options.output, result | tables(result))
     print(f"{'':22}{'train tok/s':>12}{'/ llama':>9}{'decode tok/s':>14}{'/ llama':>9}{'cache / llama':>15}")
     for name in built:
         t, d, c = result["training"][name], result["decoding"][name], result["cache"][name]

@@ -102,6 +102,30 @@ def measure(shape: dict[str, int], block_size: int, steps: int, repeats: int) ->
     }
 
 
+def tables(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the documentation's page of benchmarks shows of the result."""
+    rows = [
+        {
+            "model": name,
+            "bare loop (tokens/s)": case["tokens_per_second"]["bare"],
+            "modelwright train (tokens/s)": case["tokens_per_second"]["modelwright"],
+            "ratio, median": case["ratio"],
+            "lowest": min(case["ratios"]),
+            "highest": max(case["ratios"]),
+            "asked": case["target"],
+            "ratio of processor time": case["cpu_ratio"],
+            "same weights at the end": case["same_weights"],
+        }
+        for name, case in found.items()
+    ]
+    return {
+        "title": "Training: modelwright train against a bare torch loop",
+        "question": "What does the loop around the model cost?",
+        "rows": rows,
+        "command": "python benchmarks/training.py",
+    }
+
+
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,6 +146,7 @@ def main() -> None:
         "benchmark": "training",
         "threads": options.threads,
         "results": found,
+        **tables(found),
         "machine": machine(),
         "versions": versions(),
     }

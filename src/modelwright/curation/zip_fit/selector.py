@@ -20,7 +20,9 @@ from modelwright.options import Arg
 class ZipFitSelector(SelectorMixin):
     """Ranks documents by how well they compress together with the target examples.
 
-    See :class:`~modelwright.curation.zip_fit.aligner.CompressionAligner` for the options.
+    The score is the mean over the targets of 1 - NCD: 1 minus the compressed size that source and target have
+    together beyond the smaller one, over the larger one. It favours documents about as long as the targets; use a token
+    budget, chunk_bytes or length buckets where lengths differ.
     """
 
     compressor: Annotated[CompressorName, Arg("Compressor.")] = "zlib"
