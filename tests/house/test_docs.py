@@ -46,7 +46,7 @@ def test_commands_exist_with_their_options(line):
     assert words[0] in built or words[0].startswith("--"), f"no command {words[0]}"
     if words[0].startswith("--"):
         return
-    command = built[words[0]]()
+    command = built[words[0]].build()
     words = words[1:]
     while hasattr(command, "list_commands"):
         if not words or words[0].startswith("-"):

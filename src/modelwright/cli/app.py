@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
@@ -21,22 +21,44 @@ _PLAIN: dict[str, str] = {
 }
 
 
-def _plain_command(target: str) -> Any:
+class Entry(NamedTuple):
+    """A command that is not built until it is asked for.
+
+    Attributes:
+        build: Returns the command.
+        text: Returns its help, of which a list of commands shows the first sentence.
+    """
+
+    build: Callable[[], Any]
+    text: Callable[[], str]
+
+
+def _plain_class(target: str) -> Any:
     module, attribute = target.split(":")
-    return build_command(getattr(importlib.import_module(module), attribute))
+    return getattr(importlib.import_module(module), attribute)
 
 
-def _lazy_group(name: str, help_text: str, commands: Mapping[str, Callable[[], Any]]) -> Any:
+def _of_class(load: Callable[[], Any]) -> Entry:
+    return Entry(lambda: build_command(load()), lambda: inspect.getdoc(load()) or "")
+
+
+def _lazy_group(name: str, help_text: str, commands: Mapping[str, Entry]) -> Any:
     """Returns a group whose commands are built when they are asked for."""
 
     class LazyGroup(TyperGroup):
+        def format_commands(self, ctx: Any, formatter: Any) -> None:
+            # The inherited one builds every command with all its options, to show one line of each.
+            rows = [(n, " ".join(entry.text().split("\n\n")[0].split())) for n, entry in commands.items()]
+            with formatter.section("Commands"):
+                formatter.write_dl([(n, text.split(". ")[0].rstrip(".") + ".") for n, text in rows])
+
         def list_commands(self, ctx: Any) -> list[str]:
             return list(commands)
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
             if cmd_name not in commands:
                 return None
-            command = commands[cmd_name]()
+            command = commands[cmd_name].build()
             command.name = cmd_name
             return command
 
@@ -80,34 +102,37 @@ def _selector_command(method: str) -> Any:
     )
 
 
-def _select_group() -> Any:
+def _selector_text(method: str) -> str:
+    from modelwright.catalog import load
+
+    return inspect.getdoc(load("selectors", method)) or ""
+
+
+def _commands() -> dict[str, Entry]:
+    """Returns what may follow ``modelwright``."""
     from modelwright.catalog import provided
+    from modelwright.verbs import VERBS, load_verb
 
-    methods = {method: partial(_selector_command, method) for method in provided("selectors")}
-    return _lazy_group("select", "Choose training data from a pool: one subcommand per method.", methods)
+    def group(name: str, text: str, members: Callable[[], Mapping[str, Entry]]) -> Entry:
+        return Entry(lambda: _lazy_group(name, text, members()), lambda: text)
 
+    def selectors() -> dict[str, Entry]:
+        return {m: Entry(partial(_selector_command, m), partial(_selector_text, m)) for m in provided("selectors")}
 
-def _verb_command(name: str) -> Any:
-    from modelwright.verbs import load_verb
+    def members(of: str) -> dict[str, Entry]:
+        return {v.split()[1]: _of_class(partial(load_verb, v)) for v in VERBS if v.startswith(of + " ")}
 
-    return build_command(load_verb(name))
-
-
-def _commands() -> dict[str, Callable[[], Any]]:
-    """Returns a builder for each name that may follow ``modelwright``."""
-    from modelwright.verbs import VERBS
-
-    commands: dict[str, Callable[[], Any]] = {}
+    commands: dict[str, Entry] = {}
     for name in VERBS:
-        group, _, member = name.partition(" ")
+        first, _, second = name.partition(" ")
         if name == "select":
-            commands[name] = _select_group
-        elif member:
-            members = {v.split()[1]: partial(_verb_command, v) for v in VERBS if v.startswith(group + " ")}
-            commands[group] = partial(_lazy_group, group, "Measure a model.", members)
+            text = "Choose training data from a pool: one subcommand per method."
+            commands[name] = group(name, text, selectors)
+        elif second:
+            commands[first] = group(first, "Measure a model.", partial(members, first))
         else:
-            commands[name] = partial(_verb_command, name)
-    commands.update({name: partial(_plain_command, target) for name, target in _PLAIN.items()})
+            commands[name] = _of_class(partial(load_verb, name))
+    commands.update({name: _of_class(partial(_plain_class, target)) for name, target in _PLAIN.items()})
     return commands
 
 
