@@ -348,6 +348,6 @@ CLAIM = Claim(
     "flatter every method that shares values: differences are larger than the paper's 1% of the loss, and SVFormer, "
     "which here may even beat Llama, is overtaken later (the paper: 12.2% more parameters for the same loss). Not "
     "shown: scaling laws, downstream tasks, long contexts, and where SVFormer and Llama cross. "
-    "The initialisation (0.02 scaled to this width) was chosen on the tuning seed with the method's numbers in view: it "
-    "is a tie for Llama but decides whether (2, 1) is as good as (½, ½); docs/log.md has both.",
+    "The initialisation (0.02 scaled to this width) was chosen on the tuning seed with the method's numbers in view: "
+    "it is a tie for Llama but decides whether (2, 1) is as good as (½, ½); docs/log.md has both.",
 )
