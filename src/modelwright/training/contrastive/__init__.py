@@ -1,0 +1,1 @@
+"""Contrastive training of dual encoders: image with text, or text with text, at any batch size."""
