@@ -21,6 +21,13 @@ _PLAIN: dict[str, str] = {
 }
 
 
+#: First words that do nothing by themselves, and what they are for.
+_GROUPS = {
+    "select": "Choose training data from a pool: one subcommand per method.",
+    "evaluate": "Measure a model.",
+}
+
+
 class Entry(NamedTuple):
     """A command that is not built until it is asked for.
 
@@ -43,28 +50,40 @@ def _of_class(load: Callable[[], Any]) -> Entry:
 
 
 def _lazy_group(name: str, help_text: str, commands: Mapping[str, Entry]) -> Any:
-    """Returns a group whose commands are built when they are asked for."""
+    """Returns a group whose commands are built when they are asked for.
+
+    A command may have two words where the first is a command too: ``train contrastive`` beside ``train``.
+    """
 
     class LazyGroup(TyperGroup):
         def format_commands(self, ctx: Any, formatter: Any) -> None:
             # The inherited one builds every command with all its options, to show one line of each.
-            rows = [(n, " ".join(entry.text().split("\n\n")[0].split())) for n, entry in commands.items()]
+            rows = [
+                (n, " ".join(entry.text().split("\n\n")[0].split())) for n, entry in commands.items() if " " not in n
+            ]
             with formatter.section("Commands"):
                 formatter.write_dl([(n, text.split(". ")[0].rstrip(".") + ".") for n, text in rows])
 
         def list_commands(self, ctx: Any) -> list[str]:
-            return list(commands)
+            return [name for name in commands if " " not in name]
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
             if cmd_name not in commands:
                 return None
             command = commands[cmd_name].build()
             command.name = cmd_name
+            if longer := [other for other in commands if other.startswith(cmd_name + " ")]:
+                command.epilog = f"Also: {', '.join(f'{name} {other}' for other in longer)} (each with --help)."
             return command
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             from modelwright.errors import did_you_mean
 
+            seconds = [other.split()[1] for other in commands if args and other.startswith(args[0] + " ")]
+            if seconds and args[1:] and not args[1].startswith("-"):
+                if args[1] not in seconds:
+                    ctx.fail(f"There is no '{args[0]} {args[1]}': {did_you_mean(args[1], seconds)}")
+                args = [f"{args[0]} {args[1]}", *args[2:]]
             if args and args[0] not in commands and not args[0].startswith("-"):
                 ctx.fail(f"There is no '{args[0]}': {did_you_mean(args[0], commands)}")
             return super().resolve_command(ctx, args)
@@ -120,16 +139,14 @@ def _commands() -> dict[str, Entry]:
         return {m: Entry(partial(_selector_command, m), partial(_selector_text, m)) for m in provided("selectors")}
 
     def members(of: str) -> dict[str, Entry]:
-        return {v.split()[1]: _of_class(partial(load_verb, v)) for v in VERBS if v.startswith(of + " ")}
+        own = {v.split()[1]: _of_class(partial(load_verb, v)) for v in VERBS if v.startswith(of + " ")}
+        return selectors() | own if of == "select" else own
 
     commands: dict[str, Entry] = {}
     for name in VERBS:
-        first, _, second = name.partition(" ")
-        if name == "select":
-            text = "Choose training data from a pool: one subcommand per method."
-            commands[name] = group(name, text, selectors)
-        elif second:
-            commands[first] = group(first, "Measure a model.", partial(members, first))
+        first = name.split()[0]
+        if first in _GROUPS:
+            commands[first] = group(first, _GROUPS[first], partial(members, first))
         else:
             commands[name] = _of_class(partial(load_verb, name))
     commands.update({name: _of_class(partial(_plain_class, target)) for name, target in _PLAIN.items()})
