@@ -1,0 +1,298 @@
+"""Sums over all pairs of rows of two matrices, tile by tile, so that the matrix of their products never exists.
+
+With ``x = q @ k.T``, (m, n): log-sum-exps of the rows and of the columns of ``x``, the gradient of both, and the sum of
+the sigmoid loss over all pairs with its gradient. One sweep over tiles serves both directions: in a tile that is shifted
+by one number, one exponential gives the sums of its rows and of its columns. Where that would underflow, rows and columns
+are shifted on their own.
+
+Plain torch, for any device: the specification of the Triton kernels beside it. Memory beyond inputs and results: two
+tiles. Floating-point inputs of float32 or float64 (callers convert narrower ones); everything is added up in that dtype.
+Nothing here is differentiable: ``modelwright.training.inf_cl.loss`` makes autograd functions of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+_F = TypeVar("_F", bound=Callable)
+
+
+class _Range(NamedTuple):
+    """What exponentials of a dtype can hold.
+
+    Attributes:
+        fixed: If no |x| is above it, exp(x) and its sums need no shift at all: exp(70) leaves room for 1e8 terms.
+        spread: How far a row's maximum may lie under the shift. What then underflows is smaller than the row's sum by
+            exp(-27) in float32 (exp(-87) is the smallest normal number) and by exp(-108) in float64.
+    """
+
+    fixed: float
+    spread: float
+
+
+_RANGES = {torch.float32: _Range(70.0, 60.0), torch.float64: _Range(650.0, 600.0)}
+
+
+def _plain(function: _F) -> _F:
+    """No gradient and no autocast inside: tiles are written in place, in the inputs' dtype."""
+
+    @functools.wraps(function)
+    def wrapped(q: Tensor, *arguments: object, **options: object) -> object:
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return function(q, *arguments, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def default_block_size(device: torch.device, width: int) -> int:
+    """Returns the side of a tile when none is asked for.
+
+    On a CPU a tile should stay in the cache of a core; on an accelerator it should fill the device, at 64 MiB.
+
+    Args:
+        device: Where the tiles are made.
+        width: Columns of ``q`` and ``k``.
+    """
+    return 1024 if device.type == "cpu" else 4096
+
+
+@_plain
+def softmax_sweep(
+    q: Tensor, k: Tensor, *, block_size: int | None = None, columns: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Log-sum-exp of every row, and of every column, of ``q @ k.T``.
+
+    Args:
+        q: (m, d), float32 or float64, the scale already inside.
+        k: (n, d), same dtype and device.
+        block_size: Side of a tile; None chooses one for the device.
+        columns: Also reduce over rows.
+
+    Returns:
+        ``row_lse`` (m,) over keys, ``col_lse`` (n,) over queries or None, in the dtype of ``q``.
+    """
+    limits = _limits(q, k)
+    rows_sum, cols_sum = q.new_zeros(len(q)), q.new_zeros(len(k)) if columns else None
+    if _bound(q, k) <= limits.fixed:
+        for i, j, x in _tiles(q, k, block_size):
+            x.exp_()
+            rows_sum[i] += x.sum(1)
+            if cols_sum is not None:
+                cols_sum[j] += x.sum(0)
+        return rows_sum.log_(), None if cols_sum is None else cols_sum.log_()
+
+    rows_max = torch.full_like(rows_sum, -torch.inf)
+    cols_max = None if cols_sum is None else torch.full_like(cols_sum, -torch.inf)
+    for i, j, x in _tiles(q, k, block_size):
+        row_shift = x.amax(1)
+        if cols_sum is None or cols_max is None:
+            _merge(rows_max[i], rows_sum[i], row_shift, row_shift, x.sub_(row_shift[:, None]).exp_().sum(1))
+            continue
+        col_shift = x.amax(0)
+        shift = row_shift.amax()
+        if _one_shift_serves(shift, row_shift, col_shift, limits.spread):
+            x.sub_(shift).exp_()
+            _merge(rows_max[i], rows_sum[i], row_shift, shift, x.sum(1))
+            _merge(cols_max[j], cols_sum[j], col_shift, shift, x.sum(0))
+        else:
+            # Columns first, out of place: the rows may then use x up.
+            _merge(cols_max[j], cols_sum[j], col_shift, col_shift, (x - col_shift).exp_().sum(0))
+            _merge(rows_max[i], rows_sum[i], row_shift, row_shift, x.sub_(row_shift[:, None]).exp_().sum(1))
+    return rows_max.add_(rows_sum.log_()), None if cols_sum is None or cols_max is None else cols_max.add_(
+        cols_sum.log_()
+    )
+
+
+@_plain
+def softmax_sweep_backward(
+    q: Tensor,
+    k: Tensor,
+    row_lse: Tensor,
+    row_grad: Tensor,
+    col_lse: Tensor | None = None,
+    col_grad: Tensor | None = None,
+    *,
+    block_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`softmax_sweep`; tiles of ``x = q @ k.T`` are made once more, once for both directions.
+
+    With ``G = row_grad[:, None] * exp(x - row_lse[:, None]) + col_grad * exp(x - col_lse)``, returns ``G @ k`` and
+    ``G.T @ q``. ``row_lse`` and ``col_lse`` may be of more keys and queries than are given here (other processes' parts),
+    but not of fewer: no x may be above the log-sum-exp of its row or column.
+
+    Args:
+        q: (m, d), as in the forward sweep.
+        k: (n, d).
+        row_lse: (m,).
+        row_grad: (m,) gradient of the loss with respect to ``row_lse``.
+        col_lse: (n,), or None for rows only.
+        col_grad: (n,), None exactly if ``col_lse`` is.
+        block_size: Side of a tile; None chooses one for the device.
+
+    Returns:
+        ``dq`` (m, d) and ``dk`` (n, d).
+    """
+    limits = _limits(q, k)
+    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+    shift = _common_shift(row_lse, col_lse, limits.spread)
+    if shift is not None:
+        # exp(x - lse) = exp(x - shift) * exp(shift - lse), the second factor outside the loop.
+        row_factor = row_grad * (shift - row_lse).exp_()
+        col_factor = None if col_lse is None or col_grad is None else col_grad * (shift - col_lse).exp_()
+    other = None
+    for i, j, x in _tiles(q, k, block_size):
+        if col_lse is not None and (other is None or other.shape != x.shape):
+            other = _like(x, other)
+        if shift is None:
+            if col_lse is not None and col_grad is not None:
+                torch.sub(x, col_lse[j], out=other)
+                other.exp_().mul_(col_grad[j])  # type: ignore[union-attr]
+            x.sub_(row_lse[i, None]).exp_().mul_(row_grad[i, None])
+            if col_lse is not None:
+                x.add_(other)  # type: ignore[arg-type]
+        else:
+            if shift:
+                x.sub_(shift)
+            x.exp_()
+            if col_factor is None:
+                x.mul_(row_factor[i, None])
+            else:
+                x.mul_(torch.add(row_factor[i, None], col_factor[j], out=other))
+        dq[i].addmm_(x, k[j])
+        dk[j].addmm_(x.T, q[i])
+    return dq, dk
+
+
+@_plain
+def sigmoid_sweep(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor,
+    *,
+    diagonal: bool,
+    gradients: bool,
+    block_size: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Sum of the sigmoid loss over all pairs, and its gradients from the same sweep: they need no sum over a row first.
+
+    With ``x = q @ k.T + bias``: ``softplus(-x)`` for a positive pair, ``softplus(x)`` for any other.
+
+    Args:
+        q: (m, d), float32 or float64, the scale already inside.
+        k: (n, d), same dtype and device.
+        bias: One element, same dtype and device.
+        diagonal: Whether row i of ``q`` and row i of ``k`` are a positive pair (m <= n); otherwise no pair is.
+        gradients: Also return the gradients.
+        block_size: Side of a tile; None chooses one for the device.
+
+    Returns:
+        The sum, (); and its gradients ``dq`` (m, d), ``dk`` (n, d), ``dbias`` (), each None without ``gradients``.
+    """
+    _limits(q, k)
+    bias = bias.reshape(())
+    # Sums of rows first, then of their vector: a single running number would lose digits over many tiles.
+    loss, slope = q.new_zeros(len(q)), q.new_zeros(len(q))
+    dq, dk = (torch.zeros_like(q), torch.zeros_like(k)) if gradients else (None, None)
+    other = None
+    for i, j, x in _tiles(q, k, block_size):
+        x.add_(bias)
+        if diagonal:
+            # A positive pair has no part in the sum of negatives: softplus(-inf) = sigmoid(-inf) = 0.
+            _diagonal(x, i.start, j.start).fill_(-torch.inf)
+        if other is None or other.shape != x.shape:
+            other = _like(x, other)
+        # softplus(x) = max(x, 0) + log1p(exp(-|x|))
+        torch.abs(x, out=other)
+        loss[i] += other.neg_().exp_().log1p_().sum(1)
+        torch.clamp(x, min=0, out=other)
+        loss[i] += other.sum(1)
+        if dq is not None and dk is not None:
+            x.sigmoid_()
+            slope[i] += x.sum(1)
+            dq[i].addmm_(x, k[j])
+            dk[j].addmm_(x.T, q[i])
+    if diagonal:
+        positives = (q * k[: len(q)]).sum(1).add_(bias)
+        loss += torch.nn.functional.softplus(-positives, threshold=50)
+        if dq is not None and dk is not None:
+            pull = (-positives).sigmoid_()
+            slope -= pull
+            dq.addcmul_(k[: len(q)], pull[:, None], value=-1)
+            dk[: len(q)].addcmul_(q, pull[:, None], value=-1)
+    return loss.sum(), dq, dk, slope.sum() if gradients else None
+
+
+def _limits(q: Tensor, k: Tensor) -> _Range:
+    if q.dtype not in _RANGES or k.dtype != q.dtype:
+        raise TypeError(f"Sweeps take float32 or float64, both alike, not {q.dtype} and {k.dtype}.")
+    return _RANGES[q.dtype]
+
+
+def _bound(q: Tensor, k: Tensor) -> float:
+    """An upper bound of |x| over all pairs: the longest row of each side. The one value of a sweep the host waits for."""
+    if not len(q) or not len(k):
+        return 0.0
+    return (q.norm(dim=1).amax() * k.norm(dim=1).amax()).item()
+
+
+def _tiles(q: Tensor, k: Tensor, block_size: int | None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields row slice, column slice and their tile of ``q @ k.T``: always the same memory, which the caller may write."""
+    size = default_block_size(q.device, q.shape[1]) if block_size is None else block_size
+    memory = q.new_empty(min(size, len(q)) * min(size, len(k)))
+    for top in range(0, len(q), size):
+        i = slice(top, min(top + size, len(q)))
+        for left in range(0, len(k), size):
+            j = slice(left, min(left + size, len(k)))
+            height, width = i.stop - i.start, j.stop - j.start
+            yield i, j, torch.mm(q[i], k[j].T, out=memory[: height * width].view(height, width))
+
+
+def _like(x: Tensor, memory: Tensor | None) -> Tensor:
+    """A second tile of the shape of ``x``, in ``memory`` if that is large enough (the first tile is the largest)."""
+    if memory is None:
+        return torch.empty_like(x)
+    flat = memory.new_empty(0).set_(memory.untyped_storage())
+    return flat[: x.numel()].view(x.shape)
+
+
+def _diagonal(x: Tensor, top: int, left: int) -> Tensor:
+    """The part of the whole matrix's diagonal that lies in a tile; it may be empty."""
+    offset = top - left
+    if offset >= x.shape[1] or -offset >= x.shape[0]:
+        return x.new_empty(0)
+    return x.diagonal(offset)
+
+
+def _one_shift_serves(shift: Tensor, row_max: Tensor, col_max: Tensor, spread: float) -> bool:
+    """Whether every row and column of a tile keeps its maximum above underflow when all are shifted alike."""
+    if shift.device.type != "cpu":
+        return False  # to ask would make the host wait at every tile
+    return bool(torch.minimum(row_max.amin(), col_max.amin()) >= shift - spread)
+
+
+def _merge(running_max: Tensor, running_sum: Tensor, tile_max: Tensor, shift: Tensor, tile_sum: Tensor) -> None:
+    """Adds a tile's sums, which are of exp(x - shift), to running sums of exp(x - running_max); maxima start at -inf."""
+    new_max = torch.maximum(running_max, tile_max)
+    running_sum.mul_(running_max.sub_(new_max).exp_()).add_(tile_sum.mul_((shift - new_max).exp_()))
+    running_max.copy_(new_max)
+
+
+def _common_shift(row_lse: Tensor, col_lse: Tensor | None, spread: float) -> float | None:
+    """A number by which all x can be shifted in the backward sweep, or None if there is none.
+
+    No x is above the largest log-sum-exp of its side, so exp(x - shift) stays below exp(spread) if the shift is at least
+    that minus the spread; and exp(shift - lse) does if it is at most the smallest log-sum-exp plus the spread.
+    """
+    sides = [row_lse] if col_lse is None else [row_lse, col_lse]
+    if not all(len(side) for side in sides):
+        return 0.0
+    ends = torch.stack([end for side in sides for end in torch.aminmax(side)]).tolist()
+    low, high = min(ends[1::2]) - spread, min(ends[::2]) + spread
+    if not low <= high:  # also if one is not a number
+        return None
+    return 0.0 if low <= 0 <= high else (low + high) / 2
