@@ -1,4 +1,4 @@
-"""Loading and saving causal language models: from a folder or a hub id, weights as safetensors only.
+"""Loading and saving models: from a folder or a hub id, weights as safetensors only.
 
 ``from_pretrained`` forgives what a toolkit must not: a layer that is missing from the checkpoint is filled with random
 numbers and only a table is printed. Here every such fault is a :class:`~modelwright.errors.UserError`.
@@ -57,18 +57,61 @@ def load_model(
         UserError: There is no such model, or it is incomplete, corrupt, in pickle format, of an unknown architecture,
             or not a causal language model.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     folder = find_folder(path_or_id, code=trust_remote_code)
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    _check_weights(folder)
+    check_weights(folder)
     _check_causal(config, folder)
+    model = load_checked(
+        AutoModelForCausalLM,
+        folder,
+        config,
+        what="a causal language model",
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return model.eval()
+
+
+def load_checked(
+    auto_class: Any,
+    folder: Path,
+    config: PreTrainedConfig,
+    *,
+    what: str,
+    optional: tuple[str, ...] = (),
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a model through an Auto class and refuses what ``from_pretrained`` forgives.
+
+    Args:
+        auto_class: Such as ``AutoModel``.
+        folder: The model's folder.
+        config: As :func:`load_config` gives it.
+        what: The model in words, for messages: "could not be loaded as ...".
+        optional: Beginnings of the names of weights that may be missing, because the caller does not use them.
+        dtype: See :func:`load_model`.
+        device: See :func:`load_model`.
+        attn_implementation: See :func:`load_model`.
+        trust_remote_code: See :func:`load_model`.
+
+    Raises:
+        UserError: Weights are missing, of another shape, corrupt, or only there as pickle files.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    check_weights(folder)
     target = resolve_device(device)
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=resolve_dtype(dtype) or "auto",
@@ -79,20 +122,19 @@ def load_model(
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"{folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+        raise UserError(f"{folder} could not be loaded as {what}: {first_line(error)}") from error
     if info["mismatched_keys"]:
         name, stored, wanted = sorted(info["mismatched_keys"])[0]
         raise UserError(
             f"{folder}: weight '{name}' has shape {tuple(stored)}, but config.json asks for {tuple(wanted)} "
             f"({len(info['mismatched_keys'])} weights differ): config and weights are not of the same model."
         )
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
+    if names := sorted(name for name in info["missing_keys"] if not name.startswith(optional)):
         raise UserError(
             f"{folder}: {len(names)} weights of {type(model).__name__} are missing, such as '{names[0]}': "
-            f"the checkpoint is incomplete, or is not a causal language model."
+            f"the checkpoint is incomplete, or is not {what}."
         )
-    return model.to(target).eval()
+    return model.to(target)
 
 
 def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -128,7 +170,7 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"{path} is not a valid {model_type} config: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a valid {model_type} config: {first_line(error)}") from error
 
 
 def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -150,7 +192,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust side raises bare Exception for a corrupt file
-        raise UserError(f"The tokenizer in {folder} could not be loaded: {_first_line(error)}") from error
+        raise UserError(f"The tokenizer in {folder} could not be loaded: {first_line(error)}") from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -263,7 +305,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device '{device}' is not available: {_first_line(error)}") from error
+        raise UserError(f"The device '{device}' is not available: {first_line(error)}") from error
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -282,7 +324,12 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
+    """Refuses a folder whose weights are absent, incomplete, truncated, or there only as pickle files.
+
+    Raises:
+        UserError: One of these.
+    """
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -291,7 +338,7 @@ def _check_weights(folder: Path) -> None:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not a valid index of weights: {_first_line(error)}") from error
+            raise UserError(f"{index} is not a valid index of weights: {first_line(error)}") from error
         files = [folder / name for name in names]
         if absent := [file.name for file in files if not file.is_file()]:
             raise UserError(
@@ -311,7 +358,7 @@ def _check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{file} is truncated or corrupt ({_first_line(error)}): download or copy it again."
+                f"{file} is truncated or corrupt ({first_line(error)}): download or copy it again."
             ) from error
 
 
@@ -324,7 +371,8 @@ def _check_causal(config: PreTrainedConfig, folder: Path) -> None:
         raise UserError(f"{folder} holds a model of type '{config.model_type}', which is not a causal language model.")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns an exception's text as the end of one sentence."""
     text = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]) or type(error).__name__
     return text[:300].rstrip(".") + "."
 
