@@ -24,7 +24,7 @@ class Towers(nn.Module):
         self.tied = nn.Linear(8, 5)
         self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(1.3)), nn.Parameter(torch.tensor(-0.5))
         self.dropout, self.checkpointed = nn.Dropout(dropout), checkpointed
-        self.calls = []
+        self.calls, self.autocast = [], []
         self.to(dtype)
 
     def tower(self, layer, x):
@@ -38,6 +38,7 @@ class Towers(nn.Module):
 
     def forward(self, batch):
         self.calls.append((len(batch["x"]), torch.is_grad_enabled()))
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
         return Encoded(
             self.embed(self.first, batch["x"]),
             self.embed(self.second, batch["y"]),
@@ -129,6 +130,8 @@ def test_dropout_draws_the_same_in_both_passes(kind):
     loss = loss_of(cached(model, parts(batch(), 4)))
     drawn = torch.get_rng_state()
     assert torch.equal(drawn, after)  # the first pass draws as a plain one
+    torch.rand(5)
+    drawn = torch.get_rng_state()
     loss.backward()
     assert torch.equal(torch.get_rng_state(), drawn)  # and the second leaves no trace
     assert loss == expected_loss
@@ -211,13 +214,15 @@ def test_without_gradients_it_only_joins():
 
 
 @pytest.mark.parametrize("outside", [True, False])
-def test_autocast_is_that_of_the_first_pass(outside):
-    """bfloat16 on the CPU; the backward pass runs after the region, or within it."""
+@pytest.mark.parametrize("warm", [True, False])
+def test_autocast_is_that_of_the_first_pass(outside, warm):
+    """bfloat16 on the CPU; the backward pass runs after the region, or in it, where cast weights are kept."""
 
     def run(encode):
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(batch(torch.float32))  # leaves cast weights behind
+            if warm:
+                model(batch(torch.float32))
             outputs = encode()
             loss = loss_of(Encoded(*(o.float() for o in outputs)))
             if not outside:
@@ -233,7 +238,9 @@ def test_autocast_is_that_of_the_first_pass(outside):
         return Encoded(*(torch.cat(c) if c[0].ndim else c[0] for c in zip(*outputs, strict=True)))
 
     expected = run(joined)
+    model.autocast.clear()
     found = run(lambda: cached(model, parts(batch(torch.float32), 4)))
+    assert all(model.autocast)
     assert found[:2] == expected[:2]
     # The plain pass adds up the gradients of a cast weight in bfloat16 (8 bits); here they are added in float32.
     for name, gradient in expected[2].items():

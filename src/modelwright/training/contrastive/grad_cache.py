@@ -105,7 +105,7 @@ class _Work:
                 there = [o for o in outputs if o is not None]
                 self.rows.append([o.shape[0] if o.ndim else 0 for o in there])
                 found.append(there)
-        # Autocast remembers the weights that it cast; those of this pass have no graph and would cut the next one's.
+        # Older versions of torch would hand the weights that were cast here, without a graph, to the second pass.
         torch.clear_autocast_cache()
         return [torch.cat(column) if column[0].ndim else column[0].clone() for column in map(list, zip(*found))]
 
