@@ -1,0 +1,455 @@
+"""Contrastive losses whose memory grows with the batch, not with its square (Inf-CL, sections 3.1 and 3.2).
+
+The b x b matrix of logits is made tile by tile, reduced to the log-sum-exp of its rows and columns, and made once more
+for the gradient: the loss and the gradient are those of the full matrix, to rounding. Both directions come from one
+sweep; the paper and its code sweep once for each.
+
+Rows are *queries* (images), columns *keys* (texts). Features may be of any floating dtype; they are not normalised
+here. Sums are made in float32 (float64 for float64 features), under autocast too, and gradients come back in the
+features' dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from modelwright.errors import UserError
+from modelwright.kernels import pair_tiles
+
+Backend = Literal["auto", "torch", "triton"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def tiled_contrastive_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    block_size: int | None = None,
+    backend: Backend = "auto",
+    process_group: Any = None,
+    reduction: Reduction = "mean",
+    symmetric: bool = True,
+) -> Tensor:
+    """CLIP's loss: the cross-entropy of row i against key i, averaged over both directions.
+
+    Args:
+        image_embeds: (b, d), normalised by the caller.
+        text_embeds: (b, d); row i belongs to image i.
+        logit_scale: Multiplies the products: ``model.logit_scale.exp()``. A number or a tensor of one element.
+        block_size: Side of a tile; None chooses one for the device. It changes time and memory, not the result.
+        backend: ``torch`` runs anywhere, ``triton`` on CUDA; ``auto`` is triton on CUDA, torch elsewhere.
+        process_group: With a group of more than one process, the loss is over the pairs of all of them: every process
+            gives its own rows, equally many, and gets the mean over them. Averaged over the processes (as
+            DistributedDataParallel averages the encoder's gradients) this is the loss of one process with all pairs;
+            the gradient of ``logit_scale`` is already averaged. None means these rows only, whatever is initialised.
+        reduction: ``mean`` or ``sum`` over pairs, or ``none`` for a loss per pair, (b,).
+        symmetric: Both directions; otherwise image to text only.
+
+    Returns:
+        (), or (b,) with ``reduction="none"``; float32, or float64 if the features are.
+
+    Raises:
+        UserError: Shapes do not match, the batch is empty, a dtype is not floating, a value is not finite, or an
+            option is unknown.
+    """
+    names = ("image_embeds", "text_embeds", "logit_scale")
+    _check_features(image_embeds, text_embeds, names[:2], block_size)
+    _check_pairs(image_embeds, text_embeds)
+    return _info_nce(
+        image_embeds, text_embeds, logit_scale, None, names, symmetric, block_size, backend, process_group, reduction
+    )
+
+
+def tiled_info_nce_loss(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    symmetric: bool = False,
+    block_size: int | None = None,
+    backend: Backend = "auto",
+    process_group: Any = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """InfoNCE: the cross-entropy of each query against all keys, of which one is its own.
+
+    Keys may be more than the queries: hard negatives are further rows of ``keys``.
+
+    Args:
+        queries: (m, d), normalised by the caller if cosines are wanted.
+        keys: (n, d).
+        scale: Multiplies the products (the inverse of the temperature). A number or a tensor of one element.
+        labels: (m,) int64, the row of ``keys`` that belongs to each query; None means row i, and then n >= m. With a
+            process group they are rows of this process's keys.
+        symmetric: Also classify, for each query's key, its query among all queries; the loss is the mean of both. Keys
+            that belong to no query are in no such sum.
+        block_size: Side of a tile; None chooses one for the device.
+        backend: As in :func:`tiled_contrastive_loss`.
+        process_group: As in :func:`tiled_contrastive_loss`; every process's keys are negatives of every query.
+        reduction: ``mean`` or ``sum`` over queries, or ``none`` for a loss per query, (m,).
+
+    Returns:
+        (), or (m,) with ``reduction="none"``; float32, or float64 if the features are.
+
+    Raises:
+        UserError: As in :func:`tiled_contrastive_loss`; or labels are out of range, or missing where needed.
+    """
+    names = ("queries", "keys", "scale")
+    _check_features(queries, keys, names[:2], block_size)
+    if labels is None and len(keys) < len(queries):
+        raise UserError(
+            f"There are {len(queries)} queries but only {len(keys)} keys: give labels, the row of keys that belongs to "
+            "each query, or one key for each query."
+        )
+    return _info_nce(queries, keys, scale, labels, names, symmetric, block_size, backend, process_group, reduction)
+
+
+def tiled_sigmoid_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    block_size: int | None = None,
+    backend: Backend = "auto",
+    process_group: Any = None,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """SigLIP's loss: every pair is classified as belonging together or not; the sum over all pairs, divided by b.
+
+    There is no sum over a row to wait for, so gradients are made in the forward sweep and nothing is computed twice.
+
+    Args:
+        image_embeds: (b, d), normalised by the caller.
+        text_embeds: (b, d); row i belongs to image i.
+        logit_scale: Multiplies the products: SigLIP's ``logit_scale.exp()``. A number or a tensor of one element.
+        logit_bias: Is added to all logits. A number or a tensor of one element.
+        block_size: Side of a tile; None chooses one for the device.
+        backend: As in :func:`tiled_contrastive_loss`.
+        process_group: As in :func:`tiled_contrastive_loss`: local images against all processes' texts.
+        reduction: ``mean`` over images (SigLIP's), or ``sum``.
+
+    Returns:
+        (); float32, or float64 if the features are.
+
+    Raises:
+        UserError: As in :func:`tiled_contrastive_loss`.
+    """
+    if reduction not in ("mean", "sum"):
+        raise UserError(f"reduction={reduction!r} is not known to the sigmoid loss: use 'mean' or 'sum'.")
+    dtype = _check_features(image_embeds, text_embeds, ("image_embeds", "text_embeds"), block_size)
+    _check_pairs(image_embeds, text_embeds)
+    chosen = _resolve(backend, image_embeds.device)
+    scale = _scalar(logit_scale, "logit_scale", dtype)
+    bias = _scalar(logit_bias, "logit_bias", dtype)
+    _check_values(
+        {"image_embeds": image_embeds, "text_embeds": text_embeds, "logit_scale": scale, "logit_bias": bias}, None, 0
+    )
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        if (ring := _ring(process_group)) is not None:
+            scale, bias = (
+                ring.average_gradient(value, process_group) if value.requires_grad else value for value in (scale, bias)
+            )
+        q = image_embeds.to(dtype) * scale
+        bias = bias.to(image_embeds.device)
+        if ring is None:
+            k = text_embeds.to(dtype)
+            gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, bias))
+            total = _SigmoidSum.apply(q, k, bias, _sweeps(chosen), block_size, gradients)
+        else:
+            total = ring.ring_sigmoid(q, text_embeds, bias, process_group, block_size=block_size, backend=chosen)
+        return total / len(image_embeds) if reduction == "mean" else total
+
+
+class InfCLLoss(nn.Module):
+    """:func:`tiled_contrastive_loss` with the signature of open_clip's ``ClipLoss``.
+
+    Args:
+        block_size: Side of a tile; None chooses one for the device.
+        backend: ``auto``, ``torch`` or ``triton``.
+        process_group: The processes whose pairs are negatives of each other, such as
+            ``torch.distributed.group.WORLD``; None for this process's pairs only.
+        symmetric: Both directions.
+    """
+
+    def __init__(
+        self,
+        block_size: int | None = None,
+        backend: Backend = "auto",
+        process_group: Any = None,
+        symmetric: bool = True,
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"block_size": block_size, "backend": backend, "process_group": process_group}
+        self.symmetric = symmetric
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        output_dict: bool = False,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Returns the loss, (), or ``{"contrastive_loss": loss}``.
+
+        Args:
+            image_features: (b, d), normalised.
+            text_features: (b, d), normalised.
+            logit_scale: Multiplies the cosines.
+            output_dict: Return a dictionary, as open_clip's training loop asks for.
+            logit_bias: Without effect, since a softmax does not see what is added to all its logits; accepted because
+                open_clip's models may return one.
+        """
+        loss = tiled_contrastive_loss(
+            image_features, text_features, logit_scale, symmetric=self.symmetric, **self.options
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class InfoNCELoss(nn.Module):
+    """:func:`tiled_info_nce_loss` as a module, for bi-encoders and hard negatives.
+
+    Args:
+        symmetric: Both directions.
+        block_size: Side of a tile; None chooses one for the device.
+        backend: ``auto``, ``torch`` or ``triton``.
+        process_group: As in :class:`InfCLLoss`.
+    """
+
+    def __init__(
+        self,
+        symmetric: bool = False,
+        block_size: int | None = None,
+        backend: Backend = "auto",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"block_size": block_size, "backend": backend, "process_group": process_group}
+        self.symmetric = symmetric
+
+    def forward(self, queries: Tensor, keys: Tensor, scale: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """Returns the loss, (): queries (m, d), keys (n, d), labels (m,) or None for row i."""
+        return tiled_info_nce_loss(queries, keys, scale, labels=labels, symmetric=self.symmetric, **self.options)
+
+
+class SigmoidLoss(nn.Module):
+    """:func:`tiled_sigmoid_loss` with the signature of open_clip's ``SigLipLoss``.
+
+    Args:
+        block_size: Side of a tile; None chooses one for the device.
+        backend: ``auto``, ``torch`` or ``triton``.
+        process_group: As in :class:`InfCLLoss`.
+    """
+
+    def __init__(self, block_size: int | None = None, backend: Backend = "auto", process_group: Any = None) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"block_size": block_size, "backend": backend, "process_group": process_group}
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Returns the loss, (), or ``{"contrastive_loss": loss}``; features are (b, d), normalised."""
+        loss = tiled_sigmoid_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class _LogSumExps(torch.autograd.Function):
+    """Rows' and columns' log-sum-exp of ``q @ k.T``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, sweeps: ModuleType, block_size: int | None, columns: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        row_lse, col_lse = sweeps.softmax_sweep(q, k, block_size=block_size, columns=columns)
+        ctx.save_for_backward(q, k, row_lse, col_lse)
+        ctx.sweeps, ctx.block_size = sweeps, block_size
+        return row_lse, col_lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_grad: Tensor, col_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, row_lse, col_lse = ctx.saved_tensors
+        if col_lse is None:
+            col_grad = None
+        dq, dk = ctx.sweeps.softmax_sweep_backward(
+            q, k, row_lse, row_grad, col_lse, col_grad, block_size=ctx.block_size
+        )
+        return dq, dk, None, None, None
+
+
+class _SigmoidSum(torch.autograd.Function):
+    """Sum of the sigmoid loss over all pairs; its gradient is already there when the sum is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, bias: Tensor, sweeps: ModuleType, block_size: int | None, gradients: bool
+    ) -> Tensor:
+        total, *parts = sweeps.sigmoid_sweep(q, k, bias, diagonal=True, gradients=gradients, block_size=block_size)
+        ctx.save_for_backward(*parts)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dbias = ctx.saved_tensors
+        return grad * dq, grad * dk, grad * dbias, None, None, None
+
+
+def _info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor | float,
+    labels: Tensor | None,
+    names: tuple[str, str, str],
+    symmetric: bool,
+    block_size: int | None,
+    backend: str,
+    group: Any,
+    reduction: str,
+) -> Tensor:
+    if reduction not in ("mean", "sum", "none"):
+        raise UserError(f"reduction={reduction!r} is not known: use 'mean', 'sum' or 'none'.")
+    dtype = _check_features(queries, keys, names[:2], block_size)
+    backend = _resolve(backend, queries.device)
+    if labels is not None:
+        _check_labels(labels, len(queries), queries.device)
+    scale = _scalar(scale, names[2], dtype)
+    _check_values(dict(zip(names, (queries, keys, scale))), labels, len(keys))
+    with torch.autocast(queries.device.type, enabled=False):
+        if (ring := _ring(group)) is not None and scale.requires_grad:
+            scale = ring.average_gradient(scale, group)
+        q, k = queries.to(dtype) * scale, keys.to(dtype)
+        if ring is None:
+            rows, columns = _LogSumExps.apply(q, k, _sweeps(backend), block_size, symmetric)
+        else:
+            # Keys travel in their own dtype, which may be half as wide.
+            rows, columns = ring.ring_softmax(q, keys, group, block_size=block_size, backend=backend, columns=symmetric)
+        positives = (q * (k[: len(q)] if labels is None else k[labels])).sum(1)
+        losses = rows - positives
+        if symmetric:
+            own = columns[: len(q)] if labels is None else columns[labels]
+            losses = (losses + own - positives) / 2
+        if reduction == "none":
+            return losses
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _check_features(queries: Tensor, keys: Tensor, names: tuple[str, ...], block_size: int | None) -> torch.dtype:
+    """Refuses what needs no look at values; returns the dtype to compute in."""
+    for name, features in zip(names, (queries, keys)):
+        if features.ndim != 2:
+            raise UserError(f"{name} must be a matrix (rows, width), not of shape {tuple(features.shape)}.")
+        if not features.is_floating_point():
+            raise UserError(f"{name} are of dtype {features.dtype}: give floating-point features.")
+        if not len(features):
+            raise UserError(f"{name} have no rows: a contrastive loss needs at least one pair.")
+    if queries.shape[1] != keys.shape[1]:
+        raise UserError(
+            f"{names[0]} are {queries.shape[1]} wide and {names[1]} {keys.shape[1]}: project both to the same width."
+        )
+    if queries.device != keys.device:
+        raise UserError(f"{names[0]} are on {queries.device} and {names[1]} on {keys.device}: move them to one device.")
+    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+        raise UserError(f"block_size={block_size!r}: give a whole number of at least 1, or None.")
+    return torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+
+
+def _check_pairs(images: Tensor, texts: Tensor) -> None:
+    if len(images) != len(texts):
+        raise UserError(
+            f"image_embeds have {len(images)} rows and text_embeds {len(texts)}: row i of one must belong to row i of "
+            "the other; for more texts than images use tiled_info_nce_loss."
+        )
+
+
+def _check_labels(labels: Tensor, count: int, device: torch.device) -> None:
+    if labels.dtype != torch.int64 or labels.shape != (count,) or labels.device != device:
+        raise UserError(
+            f"labels must be {count} int64 rows of keys on {device}, one for each query, not {tuple(labels.shape)} of "
+            f"{labels.dtype} on {labels.device}."
+        )
+
+
+def _scalar(value: Tensor | float, name: str, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise UserError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}.")
+        return value.reshape(()).to(dtype)
+    if not math.isfinite(value):
+        raise UserError(f"{name} is {value}: it must be a finite number.")
+    return torch.tensor(value, dtype=dtype)
+
+
+def _check_values(named: dict[str, Tensor], labels: Tensor | None, keys: int) -> None:
+    """Refuses features and scales that are not finite, and labels out of range; asks the device once.
+
+    A sum is not finite if a term is not, and needs no memory. A finite sum may still overflow: hence the closer look.
+    """
+    device = next(iter(named.values())).device
+    with torch.no_grad():
+        # A scale on the host needs no question to the device.
+        here = [value for value in named.values() if value.device == device]
+        flags = [value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite() for value in here]
+        if labels is not None:
+            flags.append(((labels >= 0) & (labels < keys)).all())
+        if all(torch.stack(flags).tolist()) and all(v.isfinite().all() for v in named.values() if v.device != device):
+            return
+        for name, value in named.items():
+            wrong = ~value.isfinite()
+            if not wrong.any():
+                continue
+            if not value.ndim:
+                raise UserError(f"{name} is {value.item()}: it must be a finite number.")
+            rows = wrong.any(1).nonzero().flatten()
+            raise UserError(
+                f"{name} hold NaN or infinity in {len(rows)} of {len(value)} rows, first in row {int(rows[0])}: look for "
+                "rows of length 0 that were normalised, or for an encoder that overflowed."
+            )
+        if labels is not None and len(outside := ((labels < 0) | (labels >= keys)).nonzero()):
+            i = int(outside[0])
+            raise UserError(
+                f"labels[{i}] is {int(labels[i])}, but there are {keys} keys: give rows from 0 to {keys - 1}."
+            )
+
+
+def _resolve(backend: str, device: torch.device) -> str:
+    installed = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and installed else "torch"
+    if backend == "triton":
+        if not installed:
+            raise UserError("backend='triton' needs the package 'triton', which is not installed: use backend='torch'.")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError("backend='triton' cannot run on CPU tensors: move them to CUDA or use backend='torch'.")
+    elif backend != "torch":
+        raise UserError(f"backend={backend!r} is not known: use 'auto', 'torch' or 'triton'.")
+    return backend
+
+
+def _sweeps(backend: str) -> ModuleType:
+    return pair_tiles if backend == "torch" else importlib.import_module("modelwright.kernels.pair_tiles_triton")
+
+
+def _ring(group: Any) -> ModuleType | None:
+    """The ring over processes, or None for a single one."""
+    if group is None:
+        return None
+    ring = importlib.import_module("modelwright.training.inf_cl.ring")
+    return ring if ring.group_size(group) > 1 else None
