@@ -1,11 +1,13 @@
 import json
 
 import pytest
+from datasets import Image, load_dataset
 
 from modelwright.errors import UserError
 from modelwright.progress import Silent
 from modelwright.verbs.world import World
 from modelwright.worlds import WORLDS, make_world
+from modelwright.worlds.pictures import from_png
 
 SMALL = {
     "stdlib_text": {"pool_chunks": 300},
@@ -13,11 +15,13 @@ SMALL = {
     "graded": {"level_size": 10},
     "facts": {"people": 10},
     "retrieval": {"lengths": [400]},
+    "pictures": {"pool_size": 30, "reference_size": 5, "heldout_size": 5},
+    "fact_pairs": {"people": 10, "reference_size": 5},
 }
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_the_folder_holds_the_world(name, tmp_path):
+def test_the_folder_holds_the_world(name, tmp_path, tmp_path_factory):
     verb = World(name=name, output=tmp_path / "w", seed=2, set=SMALL[name])
     result = verb.run(Silent())
     world = make_world(name, 2, SMALL[name])
@@ -28,6 +32,15 @@ def test_the_folder_holds_the_world(name, tmp_path):
     assert saved["counts"] == result["counts"] == world.counts
     assert json.dumps(result)
     for split, rows in world.splits().items():
+        if name == "pictures":
+            file, cache = str(tmp_path / "w" / f"{split}.parquet"), str(tmp_path_factory.mktemp("cache"))
+            saved = load_dataset("parquet", data_files=file, split="train", cache_dir=cache)
+            assert isinstance(saved.features["image"], Image)
+            raw = saved.cast_column("image", Image(decode=False)).to_list()
+            assert [{**row, "image": row["image"]["bytes"]} for row in raw] == rows
+            assert [row["image"]["path"] for row in raw] == [f"{row['id']}.png" for row in rows]
+            assert saved[0]["image"].tobytes() == from_png(rows[0]["image"]).tobytes()
+            continue
         lines = (tmp_path / "w" / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
         assert lines.pop() == ""
         assert [json.loads(line) for line in lines] == rows

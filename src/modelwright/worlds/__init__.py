@@ -18,6 +18,8 @@ WORLDS = {
     "graded": "modelwright.worlds.domains:graded",
     "facts": "modelwright.worlds.facts:facts",
     "retrieval": "modelwright.worlds.retrieval:retrieval",
+    "pictures": "modelwright.worlds.pictures:pictures",
+    "fact_pairs": "modelwright.worlds.fact_pairs:fact_pairs",
 }
 
 #: Not a value that could be typed or kept with the result.
