@@ -24,7 +24,8 @@ from modelwright.provenance import machine, versions
 from modelwright.training.causal_lm import train
 from modelwright.training.options import TrainingOptions
 from modelwright.training.packing import PackedBlocks
-from modelwright.training.trainer import decayed_parameters, rate
+from modelwright.training.resume import decayed_parameters
+from modelwright.training.trainer import rate
 
 TARGET = 0.95
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

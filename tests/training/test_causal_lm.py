@@ -13,7 +13,8 @@ from modelwright.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 from modelwright.training.causal_lm import train
 from modelwright.training.options import TrainingOptions
 from modelwright.training.packing import PackedBlocks, tokenize
-from modelwright.training.trainer import decayed_parameters, rate
+from modelwright.training.resume import decayed_parameters
+from modelwright.training.trainer import rate
 from modelwright.verbs.train import Train
 
 TOKENS = tokenize([f"document {i} says {i * i % 17}\n" for i in range(200)], byte_tokenizer()).tokens

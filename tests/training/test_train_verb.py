@@ -14,7 +14,7 @@ from modelwright.errors import UserError
 from modelwright.models.loading import load_model, load_tokenizer, save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.progress import Silent
-from modelwright.training.causal_lm import working_folder
+from modelwright.training.resume import working_folder
 from modelwright.verbs.tokenizer import TrainTokenizer
 from modelwright.verbs.train import Train
 
@@ -95,7 +95,7 @@ class StopAt(Silent):
 
 
 def test_interrupted_it_saves_and_goes_on_from_there(folder, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr("modelwright.training.trainer._SHOWN_EVERY", 0.0)
+    monkeypatch.setattr("modelwright.training.resume._SHOWN_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         verb(folder, tmp_path / "m", save_every=0).run(StopAt(9, signal.SIGINT))
     work = tmp_path / "m.training"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,13 +17,13 @@ import torch
 from transformers import TrainingArguments
 
 from modelwright.errors import UserError
-from modelwright.files import read_json, write_json
 from modelwright.models.loading import quiet, resolve_device
 from modelwright.models.scoring import bits_per_byte, context_length
 from modelwright.progress import Progress, Silent
 from modelwright.training.options import TrainingOptions
 from modelwright.training.packing import PackedBlocks, as_batch
-from modelwright.training.trainer import CausalTrainer, Companion, latest_checkpoint
+from modelwright.training.resume import Companion, latest_checkpoint
+from modelwright.training.trainer import CausalTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -227,66 +225,6 @@ def _result(trainer: CausalTrainer, model: PreTrainedModel) -> TrainingResult:
         bits_per_byte=next((r["eval_bits_per_byte"] for r in reversed(rows) if "eval_bits_per_byte" in r), None),
         log=rows,
     )
-
-
-@contextlib.contextmanager
-def working_folder(output: Path, plan: dict[str, Any], force: bool, leader: bool = True) -> Iterator[Path]:
-    """Yields ``<output>.training``, where a run keeps what it needs to resume; the caller removes it when done.
-
-    Args:
-        output: The model folder that is being made.
-        plan: Everything that the result depends on; a run of another plan is not resumed, and is in the way once it
-            has saved a checkpoint.
-        force: Whether to discard such a run.
-        leader: Whether this is the process of a distributed run that writes.
-
-    Raises:
-        UserError: Another process is at work there, or the run there has another plan and ``force`` is off.
-    """
-    from filelock import FileLock, Timeout
-
-    folder = output.with_name(output.name + ".training")
-    if not leader:
-        yield folder
-        return
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"Another process is training {output} at this moment: wait for it, or choose another output."
-        ) from error
-    try:
-        plan = json.loads(json.dumps(plan, default=str))
-        path = folder / "plan.json"
-        if folder.exists() and not path.exists():
-            shutil.rmtree(folder)  # cut short before anything was done
-        if path.exists() and (differing := _differences(read_json(path), plan)):
-            if latest_checkpoint(folder) and not force:
-                raise UserError(
-                    f"{folder} holds an unfinished run with other options ({', '.join(differing)}): repeat that "
-                    f"command to finish it, or give --force to discard it."
-                )
-            shutil.rmtree(folder)
-        try:
-            write_json(path, plan)
-            yield folder
-        except (UserError, OSError):
-            # Nothing was trained, so nothing is to be resumed: the mended command must not find this in its way.
-            if latest_checkpoint(folder) is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-    finally:
-        lock.release()
-        with contextlib.suppress(OSError):
-            Path(lock.lock_file).unlink()
-
-
-def _differences(old: Any, new: dict[str, Any]) -> list[str]:
-    if not isinstance(old, dict):
-        return ["plan.json"]
-    return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
 
 
 def as_options(source: Any) -> TrainingOptions:

@@ -27,9 +27,10 @@ from modelwright.models.loading import (
 )
 from modelwright.models.new import new_config, new_model
 from modelwright.progress import Progress, Silent
-from modelwright.training.causal_lm import train, working_folder
+from modelwright.training.causal_lm import train
 from modelwright.training.options import TrainingOptions
 from modelwright.training.packing import TokenStream, tokenize
+from modelwright.training.resume import working_folder
 
 
 def train_to_folder(

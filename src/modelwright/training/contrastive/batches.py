@@ -175,7 +175,7 @@ def prepared(
     """
     loader = DataLoader(
         _Prepared(data, collate),
-        batch_sampler=indices,  # type: ignore[arg-type]  # any iterable of lists will do
+        batch_sampler=indices,  # any iterable of lists will do
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
