@@ -261,11 +261,12 @@ def _tiles(q: Tensor, k: Tensor, block_size: int | None, factor: float = 1.0) ->
 
 
 def _like(x: Tensor, memory: Tensor | None) -> Tensor:
-    """A second tile of the shape of ``x``, in ``memory`` if that is large enough (the first tile is the largest)."""
-    if memory is None or memory.shape == x.shape:
-        return torch.empty_like(x) if memory is None else memory
-    flat = memory.new_empty(0).set_(memory.untyped_storage())
-    return flat[: x.numel()].view(x.shape)
+    """A second tile of the shape of ``x``, in the storage of an earlier one if that is large enough."""
+    if memory is None or memory.untyped_storage().nbytes() < x.nbytes:
+        return torch.empty_like(x)
+    if memory.shape == x.shape:
+        return memory
+    return memory.new_empty(0).set_(memory.untyped_storage())[: x.numel()].view(x.shape)
 
 
 def _diagonal(x: Tensor, top: int, left: int) -> Tensor:

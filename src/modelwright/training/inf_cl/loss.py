@@ -419,8 +419,8 @@ def _check_values(named: dict[str, Tensor], labels: Tensor | None, keys: int) ->
                 raise UserError(f"{name} is {value.item()}: it must be a finite number.")
             rows = wrong.any(1).nonzero().flatten()
             raise UserError(
-                f"{name} hold NaN or infinity in {len(rows)} of {len(value)} rows, first in row {int(rows[0])}: look for "
-                "rows of length 0 that were normalised, or for an encoder that overflowed."
+                f"{name} hold NaN or infinity in {len(rows)} of {len(value)} rows, first in row {int(rows[0])}: look "
+                "for rows of length 0 that were normalised, or for an encoder that overflowed."
             )
         if labels is not None and len(outside := ((labels < 0) | (labels >= keys)).nonzero()):
             i = int(outside[0])
