@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from modelwright.errors import UserError
 from modelwright.kernels import pair_tiles
@@ -270,6 +269,22 @@ class SigmoidLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
+class _Once(torch.autograd.Function):
+    """A gradient whose own gradient is refused.
+
+    ``once_differentiable`` alone lets a second derivative pass, without this function's part in it, when the gradients
+    that arrive are constants, as those of a mean are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("The tiled losses can be differentiated once only: they have no second derivative.")
+
+
 class _LogSumExps(torch.autograd.Function):
     """Rows' and columns' log-sum-exp of ``q @ k.T``."""
 
@@ -283,15 +298,17 @@ class _LogSumExps(torch.autograd.Function):
         return row_lse, col_lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, row_grad: Tensor, col_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, row_lse, col_lse = ctx.saved_tensors
-        if col_lse is None:
-            col_grad = None
-        dq, dk = ctx.sweeps.softmax_sweep_backward(
-            q, k, row_lse, row_grad, col_lse, col_grad, block_size=ctx.block_size
-        )
-        return dq, dk, None, None, None
+        with torch.no_grad():
+            if col_lse is None:
+                col_grad = None
+            gradients = ctx.sweeps.softmax_sweep_backward(
+                q, k, row_lse, row_grad, col_lse, col_grad, block_size=ctx.block_size
+            )
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = (_Once.apply(gradient, row_grad, q, k) for gradient in gradients)
+        return *gradients, None, None, None
 
 
 class _SigmoidSum(torch.autograd.Function):
@@ -302,14 +319,16 @@ class _SigmoidSum(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, bias: Tensor, sweeps: ModuleType, block_size: int | None, gradients: bool
     ) -> Tensor:
         total, *parts = sweeps.sigmoid_sweep(q, k, bias, diagonal=True, gradients=gradients, block_size=block_size)
-        ctx.save_for_backward(*parts)
+        ctx.save_for_backward(*parts, q, k, bias)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dbias = ctx.saved_tensors
-        return grad * dq, grad * dk, grad * dbias, None, None, None
+        with torch.no_grad():
+            gradients = [grad * part for part in ctx.saved_tensors[:3]]
+        if torch.is_grad_enabled():
+            gradients = [_Once.apply(gradient, grad, *ctx.saved_tensors[3:]) for gradient in gradients]
+        return *gradients, None, None, None
 
 
 def _info_nce(
