@@ -26,6 +26,7 @@ class Page:
         curves: See :func:`modelwright.report.sections.curve_figures`.
         selection: See :func:`modelwright.report.sections.selection`.
         samples: Generated text.
+        galleries: See :func:`modelwright.report.gallery.galleries`.
         plain: Tables of every step's numbers, when the recipe asks for no comparison.
         making: Settings, versions, machine and times.
         notices: What could not be drawn, and why.
@@ -39,6 +40,7 @@ class Page:
     curves: list[dict[str, Any]] = field(default_factory=list)
     selection: dict[str, Any] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    galleries: list[dict[str, Any]] = field(default_factory=list)
     plain: list[dict[str, Any]] = field(default_factory=list)
     making: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -69,7 +71,7 @@ def render(run_dir: Path, output: Path | None = None, force: bool = True) -> Pat
 
 def build_page(run: Run) -> Page:
     """Computes everything that the report of a run shows."""
-    from modelwright.report import sections
+    from modelwright.report import gallery, sections
 
     raw = run.raw
     page = Page(title=str(raw.get("title") or raw.get("name") or run.folder.name))
@@ -95,6 +97,9 @@ def build_page(run: Run) -> Page:
     if spec.samples is not None:
         with _noticing(page):
             page.samples = sections.samples(run, spec.samples, palette)
+    for pictures in spec.gallery:
+        with _noticing(page):
+            page.galleries.append(gallery.galleries(run, pictures, palette.labels))
     if not page.comparisons:
         page.plain = sections.plain_tables(run)
     page.making = sections.making(run)

@@ -182,7 +182,7 @@ def _tiles(table: Table) -> list[tuple[str, str]]:
 def add_tiles(page: Page, run: Run) -> None:
     """Adds how many steps were run and how long they took."""
     spent = sum(s.seconds for s in run.steps)
-    trained = sum(s.verb == "train" for s in run.steps)
+    trained = sum(s.verb.startswith("train") for s in run.steps)
     page.tiles.append((str(trained or len(run.steps)), "models trained" if trained else "steps"))
     page.tiles.append((minutes(spent), "of work in all steps"))
 
@@ -208,9 +208,9 @@ def curve_figures(run: Run, spec: Curves, palette: Palette, name: str) -> dict[s
     if not panels:
         raise UserError(f"'{spec.title}': no finished '{spec.step}' step has '{spec.x}' and '{spec.y}' in {spec.file}.")
     drawn = {p: [_line(v, runs, first, palette) for v, runs in lines.items()] for p, lines in panels.items()}
-    lowest, highest, clipped = _range([line for lines in drawn.values() for line in lines])
+    lowest, highest, clipped = _range([line for lines in drawn.values() for line in lines], spec.whole)
     room = 0.04 * (highest - lowest) or 0.5
-    axis = spec.y.replace("_", " ") + (f" ({spec.unit})" if spec.unit else "")
+    axis = (spec.label or spec.y.replace("_", " ")) + (f" ({spec.unit})" if spec.unit else "")
     parts = []
     for i, (panel_value, lines) in enumerate(drawn.items()):
         ends = "; ".join(f"{line.label} ends at {number(line.y[-1], 3)}" for line in lines)
@@ -230,10 +230,10 @@ def curve_figures(run: Run, spec: Curves, palette: Palette, name: str) -> dict[s
     }
 
 
-def _range(lines: Sequence[figures.Line]) -> tuple[float, float, bool]:
+def _range(lines: Sequence[figures.Line], whole: bool = False) -> tuple[float, float, bool]:
     """Returns the range of y to draw, and whether it leaves something out: the steep start would flatten the rest."""
     start, end = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
-    late = start + 0.2 * (end - start)
+    late = start if whole else start + 0.2 * (end - start)
     shown = [(low, high) for line in lines for x, low, high in zip(line.x, line.low, line.high) if x >= late]
     every = [(low, high) for line in lines for low, high in zip(line.low, line.high)]
     shown = shown or every

@@ -57,6 +57,8 @@ class Curves(_Block):
     over: str | None = Field(None, description="Repetitions: their mean is the line, their range the band.")
     file: str = Field("training_log.jsonl", description="Name of the log, anywhere in the step's folder.")
     unit: str = ""
+    label: str = Field("", description="How the quantity reads: its name in the log by default.")
+    whole: bool = Field(False, description="Draw the start too, even where it is so steep that it flattens the rest.")
 
 
 class Selections(_Block):
@@ -81,6 +83,22 @@ class Samples(_Block):
     limit: int = Field(6, ge=1, le=100)
 
 
+class Gallery(_Block):
+    """Pictures with their captions from a Parquet file: by rank where rows have one, else some of each kind."""
+
+    step: str
+    title: str = "Pictures and captions"
+    file: str = Field("chosen.parquet", description="Name of the file, anywhere in the step's folder.")
+    rows: str | None = Field(None, description="Matrix dimension: the pictures of each of its values are shown.")
+    image: str = Field("image", description="Column of the pictures: bytes of image files, bare or as datasets does.")
+    text: str = Field("caption", description="Column of the captions.")
+    group: str = Field("kind", description="Column that says what kind of pair it is.")
+    target: Names = Field([], description="The kinds that are wanted.")
+    rank: str = Field("rank", description="Column of the order in which pairs were chosen.")
+    score: str = Field("score", description="Column of the scores.")
+    pictures: int = Field(8, ge=1, le=50, description="Pictures shown of each.")
+
+
 class ReportSpec(_Block):
     """The whole block; every part is optional."""
 
@@ -89,4 +107,5 @@ class ReportSpec(_Block):
     curves: list[Curves] = []
     selections: Selections | None = None
     samples: Samples | None = None
+    gallery: list[Gallery] = []
     labels: dict[str, str] = Field({}, description="How values of dimensions and groups read: zip-fit: ZIP-FIT.")
