@@ -66,21 +66,30 @@ def test_passes_and_seeds_differ():
 
 
 def everything(batches):
-    return [(b.step, b.rows.tolist(), [p["x"].tolist() for p in b]) for b in batches]
+    found = []
+    while part := [(b.step, b.rows.tolist(), [p["x"].tolist() for p in b]) for b in batches]:
+        found.append(part)
+    return found
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sub_batches_hold_the_rows_of_the_order(workers):
     order = Order(23, 7, 3)
-    found = everything(Batches(Numbers(23), collate, order, mini_batch_size=3, steps=5, workers=workers))
-    assert [f[0] for f in found] == [0, 1, 2, 3, 4]
+    keys = {"mini_batch_size": 3, "steps": 8, "workers": workers}
+    passes = everything(Batches(Numbers(23), collate, order, **keys))
+    assert [[f[0] for f in part] for part in passes] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    found = [f for part in passes for f in part]
     for step, rows, parts in found:
         assert rows == order.of(step).tolist()
         assert [len(p) for p in parts] == [3, 3, 1]
         assert [i for p in parts for i in p] == rows
-    for start in (1, 4):
-        rest = Batches(Numbers(23), collate, order, mini_batch_size=3, steps=5, start=start, workers=workers)
-        assert everything(rest) == found[start:]
+    batches = Batches(Numbers(23), collate, order, **keys)
+    next(iter(batches))
+    for start in (1, 3, 4):
+        batches.begin(start, 8)
+        rest = everything(batches)
+        assert [f for part in rest for f in part] == found[start:]
+        assert rest[-1] == passes[-1]
 
 
 def test_what_a_step_leaves_is_not_taken_for_the_next():

@@ -1,5 +1,6 @@
 """GradCache against one backward pass through the whole batch."""
 
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -205,10 +206,19 @@ def test_sub_batches_may_come_one_by_one():
 
 
 def test_without_gradients_it_only_joins():
-    model = Towers()
+    model, seen, alive = Towers(), [], []
+
+    def one_by_one():
+        for i in range(ROWS):
+            alive.append(sum(ref() is not None for ref in seen))
+            part = {k: v[i : i + 1].clone() for k, v in batch().items()}
+            seen.append(weakref.ref(part["x"]))
+            yield part
+
     with torch.no_grad():
-        result = cached(model, parts(batch(), 4))
+        result = cached(model, one_by_one())
         expected = model(batch())
+    assert max(alive) <= 3  # and keeps no inputs for a second pass
     assert not result.queries.requires_grad
     torch.testing.assert_close(result.queries, expected.queries)
 

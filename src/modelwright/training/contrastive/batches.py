@@ -109,20 +109,20 @@ class Batch:
 
 
 class Batches:
-    """The batches of steps ``start`` to ``steps``, each a :class:`Batch`: what ``Trainer`` takes for a data loader.
+    """The batches of a run, a pass at a time, each a :class:`Batch`: what ``Trainer`` takes for a data loader.
 
-    The sub-batches of all steps are one stream, so worker processes go on preparing across the border of a step. Memory
-    holds one step's sub-batches of model inputs and ``4 * workers`` more; 65,536 pictures of 224 x 224 pixels are 39 GB
-    in float32. Random transforms of the data must depend on the row, not on a generator's state, if a resumed run is to
-    repeat them.
+    The sub-batches of all steps are one stream, so worker processes go on preparing across the border of a step and of
+    a pass. Memory holds one step's sub-batches of model inputs and ``4 * workers`` more; 65,536 pictures of 224 x 224
+    pixels are 39 GB in float32. Random transforms of the data must depend on the row, not on a generator's state, if a
+    resumed run is to repeat them.
 
     Args:
         data: The pairs: ``rows(indices)`` or single items by index.
         collate: Makes a sub-batch's model inputs; must be picklable if there are workers.
         order: Which rows.
         mini_batch_size: Pairs of a sub-batch; the last of a step may have fewer.
-        start: First step.
-        steps: Step to stop before.
+        steps: Steps in all; by default those of one pass.
+        start: First step, counted from the first pass; a pass that it lies in is cut short.
         workers: Processes that prepare; 0 prepares here, when asked.
         pin: Whether tensors go to page-locked memory, from which a GPU copies faster.
     """
@@ -134,7 +134,7 @@ class Batches:
         order: Order,
         *,
         mini_batch_size: int,
-        steps: int,
+        steps: int | None = None,
         start: int = 0,
         workers: int = 0,
         pin: bool = False,
@@ -142,27 +142,35 @@ class Batches:
         if mini_batch_size < 1:
             raise UserError(f"mini_batch_size must be at least 1, not {mini_batch_size}.")
         self.data, self.collate, self.order = data, collate, order
-        self.mini_batch_size, self.start, self.steps = mini_batch_size, start, steps
-        self.workers, self.pin = workers, pin
+        self.mini_batch_size, self.workers, self.pin = mini_batch_size, workers, pin
+        self.begin(start, order.steps_per_pass if steps is None else steps)
+
+    def begin(self, start: int, steps: int) -> None:
+        """Goes to step ``start``, and will stop before step ``steps``."""
+        self._next, self.steps = start, steps
+        self._coming = self._stream(start)
 
     def __len__(self) -> int:
-        return self.steps
+        return self.order.steps_per_pass
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = prepared(self.data, self.collate, self._indices(), workers=self.workers, pin=self.pin)
-        for step in range(self.start, self.steps):
+        within = self._next % len(self)
+        for _ in range(min(len(self) - within, self.steps - self._next)):
+            self._next += 1
+            yield next(self._coming)
+
+    def _stream(self, start: int) -> Iterator[Batch]:
+        indices = (part.tolist() for step in range(start, self.steps) for part in self._cut(self.order.share(step)))
+        parts = prepared(self.data, self.collate, indices, workers=self.workers, pin=self.pin)
+        for step in range(start, self.steps):
             rows = self.order.share(step)
-            batch = Batch(step, rows, self.order.of(step), [len(p) for p in self._cut(rows)], stream)
+            batch = Batch(step, rows, self.order.of(step), [len(p) for p in self._cut(rows)], parts)
             yield batch
             for _ in batch:  # the stream goes on with the next step, whatever was used of this one
                 pass
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         return [rows[i : i + self.mini_batch_size] for i in range(0, len(rows), self.mini_batch_size)]
-
-    def _indices(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.steps):
-            yield from (part.tolist() for part in self._cut(self.order.share(step)))
 
 
 def prepared(

@@ -45,7 +45,7 @@ def cached(
             Python's, not NumPy's), and a row's result not on the other rows.
         batches: Sub-batches, of any sizes: anything that ``encode`` takes, such as dictionaries of tensors. They are
             iterated over once and kept until the result is forgotten, where they are: on the CPU if they come from
-            there.
+            there. Without gradients they are not kept.
         device: Where a sub-batch is moved for the time it is encoded; None leaves it where it is.
         module: The module behind ``encode``, if that is not itself one; it is searched for batch normalisation.
 
@@ -64,12 +64,13 @@ def cached(
         raise UserError("There is nothing to encode: the list of sub-batches is empty.")
     if len(kept) == 1:
         return encode(_moved(kept[0], device))  # nothing to save: the plain forward pass
-    if torch.is_grad_enabled():
-        _refuse_batch_norm(module if module is not None else encode)
-    work = _Work(encode, torch.device(device) if device is not None else None)
+    work, batches = _Work(encode, torch.device(device) if device is not None else None), itertools.chain(kept, iterator)
+    if not torch.is_grad_enabled():
+        del kept
+        return work.assemble(work.first_pass(batches, keep=False))
+    _refuse_batch_norm(module if module is not None else encode)
     # Autograd calls a function's backward only if an input asks for a gradient; the parameters are no inputs here.
-    trigger = torch.zeros((), requires_grad=torch.is_grad_enabled())
-    return work.assemble(_Cached.apply(trigger, work, itertools.chain(kept, iterator)))
+    return work.assemble(_Cached.apply(torch.zeros((), requires_grad=True), work, batches))
 
 
 @dataclass
@@ -86,16 +87,17 @@ class _Work:
     kind: Callable[[list[Tensor | None]], Any] = tuple
     absent: list[bool] = field(default_factory=list)
 
-    def first_pass(self, batches: Iterable[Any]) -> list[Tensor]:
+    def first_pass(self, batches: Iterable[Any], keep: bool) -> list[Tensor]:
         """Encodes without a graph; returns the joined tensors, those that are not None."""
         found: list[list[Tensor]] = []
         with torch.no_grad(), _no_sync(self.encode):
             for batch in batches:
                 moved = _moved(batch, self.device)
-                if not self.batches:
+                if not found:
                     self._begin(moved)
-                self.batches.append(batch)
-                self.random.append(_random_state(self.accelerator))
+                if keep:
+                    self.batches.append(batch)
+                    self.random.append(_random_state(self.accelerator))
                 outputs = self.encode(moved)
                 absent = [o is None for o in outputs]
                 if not found:
@@ -160,7 +162,7 @@ class _Cached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trigger: Tensor, work: _Work, batches: Iterable[Any]) -> tuple[Tensor, ...]:
         ctx.work = work
-        features = work.first_pass(batches)
+        features = work.first_pass(batches, keep=True)
         ctx.mark_non_differentiable(*(f for f in features if not f.is_floating_point()))
         return tuple(features)
 
