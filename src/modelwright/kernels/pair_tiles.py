@@ -10,20 +10,18 @@ times as fast as its exp on a CPU, and tens of times where the result underflows
 
 Plain torch, for any device: the specification of the Triton kernels beside it. Memory beyond inputs and results: two
 tiles. Inputs are float32 or float64 (callers convert narrower ones), and everything is added up in that dtype.
-Nothing here is differentiable: ``modelwright.training.inf_cl.loss`` makes autograd functions of it.
+Nothing here is differentiable: ``modelwright.training.inf_cl.loss`` makes autograd functions of it. Autocast does not
+matter: it leaves operations that write into given memory alone, and the products here are such.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-_F = TypeVar("_F", bound=Callable)
 
 
 class _Range(NamedTuple):
@@ -44,17 +42,6 @@ _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2)
 
 
-def _plain(function: _F) -> _F:
-    """No gradient and no autocast inside: tiles are written in place, in the inputs' dtype."""
-
-    @functools.wraps(function)
-    def wrapped(q: Tensor, *arguments: object, **options: object) -> object:
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            return function(q, *arguments, **options)
-
-    return wrapped  # type: ignore[return-value]
-
-
 def default_block_size(device: torch.device, width: int) -> int:
     """Returns the side of a tile when none is asked for.
 
@@ -69,7 +56,7 @@ def default_block_size(device: torch.device, width: int) -> int:
     return 4096
 
 
-@_plain
+@torch.no_grad()
 def softmax_sweep(
     q: Tensor, k: Tensor, *, block_size: int | None = None, columns: bool = True
 ) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +102,7 @@ def softmax_sweep(
     return _natural(rows_max, rows_sum), None if cols_max is None or cols_sum is None else _natural(cols_max, cols_sum)
 
 
-@_plain
+@torch.no_grad()
 def softmax_sweep_backward(
     q: Tensor,
     k: Tensor,
@@ -175,7 +162,7 @@ def softmax_sweep_backward(
     return dq, dk
 
 
-@_plain
+@torch.no_grad()
 def sigmoid_sweep(
     q: Tensor,
     k: Tensor,
@@ -208,9 +195,9 @@ def sigmoid_sweep(
     other = None
     for i, j, x in _tiles(q, k, block_size):
         x.add_(bias)
-        if diagonal:
+        if diagonal and i.start == j.start:  # tiles are squares, so the diagonal is theirs
             # A positive pair has no part in the sum of negatives: softplus(-inf) = sigmoid(-inf) = 0.
-            _diagonal(x, i.start, j.start).fill_(-torch.inf)
+            x.fill_diagonal_(-torch.inf)
         other = _like(x, other)
         # softplus(x) = max(x, 0) + log1p(exp(-|x|))
         loss[i] += torch.abs(x, out=other).mul_(-_LOG2_E).exp2_().log1p_().sum(1)
@@ -267,14 +254,6 @@ def _like(x: Tensor, memory: Tensor | None) -> Tensor:
     if memory.shape == x.shape:
         return memory
     return memory.new_empty(0).set_(memory.untyped_storage())[: x.numel()].view(x.shape)
-
-
-def _diagonal(x: Tensor, top: int, left: int) -> Tensor:
-    """The part of the whole matrix's diagonal that lies in a tile; it may be empty."""
-    offset = top - left
-    if offset >= x.shape[1] or -offset >= x.shape[0]:
-        return x.new_empty(0)
-    return x.diagonal(offset)
 
 
 def _one_shift_serves(shift: Tensor, row_max: Tensor, col_max: Tensor, spread: float) -> bool:

@@ -361,7 +361,7 @@ def bad_inputs():
     yield "-inf negative", lambda: nce(images, with_nan(images, 5, -math.inf), 1.0, labels=zeros), "keys hold"
     yield "NaN, sigmoid", lambda: sigmoid(with_nan(images, 3), texts, 1.0, 0.0), "image_embeds hold NaN"
     yield "labels high", lambda: nce(images, texts, 1.0, labels=torch.tensor([0, 1, 6, 3, 4, 5])), r"labels\[2\] is 6"
-    yield "labels low", lambda: nce(images, texts, 1.0, labels=torch.tensor([0, -1, 6, 3, 4, 5])), r"labels\[1\] is -1"
+    yield "labels low", lambda: nce(images, texts, 1.0, labels=torch.tensor([0, -1, 2, 3, 4, 5])), r"labels\[1\] is -1"
     yield "labels short", lambda: nce(images, texts, 1.0, labels=torch.tensor([0])), "labels must be 6 int64"
     yield "labels float", lambda: nce(images, texts, 1.0, labels=torch.zeros(6)), "labels must be 6 int64"
     yield "few keys", lambda: nce(images, texts[:5], 1.0), "6 queries but only 5 keys: give labels"
