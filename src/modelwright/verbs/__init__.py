@@ -15,6 +15,7 @@ VERBS: dict[str, str] = {
     "train": "modelwright.verbs.train:Train",
     "convert": "modelwright.verbs.convert:Convert",
     "evaluate perplexity": "modelwright.verbs.perplexity:Perplexity",
+    "evaluate retrieval": "modelwright.verbs.evaluate_retrieval:Retrieval",
     "generate": "modelwright.verbs.generate:Generate",
     "run": "modelwright.verbs.run:Run",
     "report": "modelwright.verbs.report:Report",

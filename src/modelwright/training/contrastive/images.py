@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from pathlib import Path
@@ -107,3 +108,12 @@ def image_name(source: Any) -> str:
     if isinstance(source, dict):
         source = source.get("path")
     return source if isinstance(source, str) else ""
+
+
+def image_identity(source: Any, base: Path | None = None) -> Any:
+    """Returns what tells an image from others, without decoding it: a hash of its bytes, or its path."""
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if isinstance(source, bytes):
+        return hashlib.blake2b(source, digest_size=16).digest()
+    return str((base or Path()) / source) if isinstance(source, str) else id(source)

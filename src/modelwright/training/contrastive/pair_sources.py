@@ -57,7 +57,7 @@ class Fields:
         return [self.key] if self.image else [self.query, self.key]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Files of one format in one folder, or a hub data set, or a data set in memory.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from modelwright.errors import UserError
 from modelwright.progress import Progress, Silent
-from modelwright.training.contrastive.images import BadImage, decode, image_name
+from modelwright.training.contrastive.images import BadImage, decode, image_identity, image_name
 from modelwright.training.contrastive.pair_sources import Part, make_part, read_parts
 
 if TYPE_CHECKING:
@@ -91,12 +91,23 @@ class Pairs:
                     raise self._error(part, int(row), error) from error
         return [pair for pair in found if pair is not None]
 
-    def texts(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """Returns the keys of some pairs, without decoding images."""
-        found = [""] * len(indices)
-        for number, part, local, positions in self._split(indices):
-            for position, raw in zip(positions, self._raw(number, local)):
-                found[position] = _get(raw, part.fields.key)
+    def identities(self, indices: Sequence[int] | np.ndarray | None = None) -> list[tuple[Any, str]]:
+        """Returns what tells pairs' queries and keys from those of others, without decoding images.
+
+        Args:
+            indices: Which pairs; all by default.
+
+        Returns:
+            For each pair: the path of the image, a hash of its bytes, or the first text; and the key.
+        """
+        wanted = np.arange(len(self)) if indices is None else self._check(indices)
+        found: list[Any] = [None] * len(wanted)
+        for start in range(0, len(wanted), 256):
+            for number, part, local, positions in self._split(wanted[start : start + 256]):
+                for position, raw in zip(positions, self._raw(number, local)):
+                    query = _get(raw, part.fields.query)
+                    name = image_identity(query, part.base) if part.fields.image else query
+                    found[start + int(position)] = (name, _get(raw, part.fields.key))
         return found
 
     def name(self, index: int) -> str:
@@ -146,11 +157,7 @@ class Pairs:
 
     def check_texts(self) -> list[Bad]:
         """Returns the pairs whose texts are missing, blank or no text, or whose negatives are too few or too many."""
-        counts: set[int] = set()
-        bad = []
-        for index, part, row, reason in self._bad_texts(counts):
-            bad.append((index, part, row, reason))
-        return self._named(bad)
+        return self._named(self._bad_texts(set()))
 
     def check_images(self, progress: Progress | None = None, workers: int | None = None) -> list[Bad]:
         """Decodes every image once, and looks at every text.
@@ -182,6 +189,19 @@ class Pairs:
                             bad.setdefault(index, (index, part, int(row), reason))
                 progress.advance(len(indices))
         return self._named([bad[i] for i in sorted(bad)])
+
+    def without_bad(self, progress: Progress | None = None, workers: int | None = None) -> tuple[Pairs, list[Bad]]:
+        """Returns the pairs that :meth:`check_images` finds no fault with, and those that it does.
+
+        Raises:
+            UserError: None is left.
+        """
+        bad = self.check_images(progress, workers)
+        if len(bad) == len(self):
+            raise UserError(f"None of {len(self)} pairs can be used: {bad[0].name} {bad[0].reason}.")
+        kept = np.ones(len(self), dtype=bool)
+        kept[[b.index for b in bad]] = False
+        return (self.select(np.flatnonzero(kept)) if bad else self), bad
 
     def _check(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         rows = np.asarray(indices, dtype=np.int64).reshape(-1)
@@ -371,7 +391,7 @@ def _image_fault(raw: dict[str, Any], part: Part) -> str | None:
 
 
 def _clean(view: Dataset, local: np.ndarray, part: Part) -> int | None:
-    """Returns how many negatives each of some rows has, if all their texts are in order; else None. Thousands at once."""
+    """Returns how many negatives each of some rows has if all their texts are in order; else None. Many rows at once."""
     import pyarrow
     from pyarrow import compute
 
