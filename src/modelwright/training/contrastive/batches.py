@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from modelwright.errors import UserError
 
 #: From rows (``{"query": …, "key": …}``) to model inputs.
-Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass
@@ -101,6 +101,9 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def __contains__(self, name: object) -> bool:
+        return False  # ``Trainer`` asks for labels; without this, Python would look for them by iterating
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while self._left:
