@@ -481,7 +481,7 @@ CLAIM = Claim(
         "drawn at random, and the reference is trained on matched pairs of the same distribution, which real curated "
         "sets are not. 'As many examples' counts trained ones: JEST reads five times as many. The paper's accounting "
         "lets the chosen examples' scoring pass count for nothing; this implementation does not reuse it, so that a "
-        "step costs 8/3 and not 7/3 of a uniform one in FLOPs. A run counts as having reached a value at the evaluation "
+        "step costs 8/3 and not 7/3 of a uniform one in FLOPs. A run has reached a value at the evaluation "
         "from which on it stays there. Not shown: pictures, large batches, and the paper's numbers."
     ),
 )  # fmt: skip

@@ -147,6 +147,46 @@ def patch_size(model: nn.Module, size: int | None) -> Iterator[None]:
             embeddings.forward = before
 
 
+def mixed_patch_sizes(model: Any, size: int) -> None:
+    """Makes a model in training mode encode a random half of every (sub-)batch of pictures with another patch size.
+
+    Flexi-JEST's training, so that scores at the larger patch size keep their meaning: both halves stand in one loss. In
+    evaluation mode, and so in scoring and in what is saved, the model is as before. The halves are drawn from torch's
+    CPU generator, whose state GradCache repeats.
+
+    Args:
+        model: CLIP or SigLIP model; its ``get_image_features`` is replaced.
+        size: Patch size of the one half in pixels.
+
+    Raises:
+        UserError: Pictures cannot be cut into such patches.
+    """
+    check_patch_size(model, size)
+    # Not a closure: a copy of the model must not go on calling the original.
+    model.get_image_features = functools.partial(_mixed_features, model, size)
+
+
+def _mixed_features(model: Any, size: int, pixel_values: Tensor, **keys: Any) -> Any:
+    plain = type(model).get_image_features
+    if not model.training:
+        return plain(model, pixel_values=pixel_values, **keys)
+    # Half of them; of an odd one out, half of the time.
+    order = torch.randperm(len(pixel_values))
+    count = (len(order) + int(torch.randint(2, ()))) // 2
+    coarse, fine = (part.to(pixel_values.device) for part in (order[:count], order[count:]))
+    parts = []
+    if len(coarse):
+        with patch_size(model, size):
+            parts.append(plain(model, pixel_values=pixel_values[coarse], **keys))
+    if len(fine):
+        parts.append(plain(model, pixel_values=pixel_values[fine], **keys))
+    back = torch.cat([coarse, fine]).argsort()
+    result = parts[0]
+    result.pooler_output = torch.cat([part.pooler_output for part in parts])[back]
+    result.last_hidden_state = None  # of two lengths
+    return result
+
+
 def relative_cost(model: nn.Module, size: int | None, text_tokens: int = 0) -> float:
     """FLOPs of encoding a pair with another patch size, over those with the model's own: matrix products only.
 

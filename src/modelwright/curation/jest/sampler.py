@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from modelwright.curation.jest.scores import Draw, check_temperature, chunk_sizes, draw_chunk
+from modelwright.curation.jest.scores import Draw, accumulated, check_temperature, chunk_sizes, draw_chunk
 from modelwright.errors import UserError, did_you_mean
 from modelwright.training.contrastive.encoded import Encoded
 
@@ -188,7 +188,7 @@ def check_encoded(encoded: Encoded, name: str, form: Form = "sigmoid") -> None:
             f"The {name} has no bias, as if trained with the softmax loss: choose the form 'softmax', or give a bias."
         )
     for side, rows in (("query", encoded.queries), ("key", encoded.keys)):
-        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=_accumulated(rows))
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=accumulated(rows))
         wrong = ~((lengths - 1).abs() <= _NORM_TOLERANCE)  # so written that NaN is wrong
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
@@ -198,15 +198,11 @@ def check_encoded(encoded: Encoded, name: str, form: Form = "sigmoid") -> None:
             )
 
 
-def _accumulated(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
-
-
 class _Sums:
     """One model's part of every candidate's score, kept up to date as pairs are chosen."""
 
     def __init__(self, encoded: Encoded, sign: float, block_size: int) -> None:
-        dtype = _accumulated(encoded.queries)
+        dtype = accumulated(encoded.queries)
         self.queries, self.keys = encoded.queries.to(dtype), encoded.keys.to(dtype)
         self.scale = encoded.scale.to(dtype).reshape(1)
         # The softmax form has no use for a bias, which moves all logits alike.

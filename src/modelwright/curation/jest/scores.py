@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from modelwright.errors import UserError
+from modelwright.training.contrastive.encoded import Encoded
 
 
 class Draw(NamedTuple):
@@ -69,6 +70,40 @@ def softmax_scores(logits: Tensor, chosen: Tensor) -> Tensor:
         for x in (logits, logits.T)  # its image among A's texts, its text among A's images
     ]
     return (losses[0] + losses[1]) / 2
+
+
+def batch_loss(encoded: Encoded, rows: Tensor, size: int, form: Literal["sigmoid", "softmax"] = "sigmoid") -> float:
+    """Returns the loss that pairs would have, on average, in a batch of ``size`` pairs like them.
+
+    With ``size`` rows it is the loss of that batch; with fewer it is an estimate, where negatives count for those that
+    were left out.
+
+    Args:
+        encoded: Embeddings of a super-batch.
+        rows: (m,) int64, which of its pairs, at most ``size``.
+        size: Pairs of the batch.
+        form: Which loss: SigLIP's, ``(1/b)`` times the sum over pairs, or CLIP's, the mean of both directions.
+    """
+    queries, keys = (side[rows].to(accumulated(side)) for side in (encoded.queries, encoded.keys))
+    logits = encoded.scale.to(queries.dtype) * (queries @ keys.T)
+    more = (size - 1) / max(1, len(rows) - 1)
+    if form == "sigmoid":
+        assert encoded.bias is not None
+        logits = logits + encoded.bias.to(queries.dtype)
+        own = logits.diagonal()
+        others = (softplus(logits).sum() - softplus(own).sum()) * more
+        return float(softplus(-own).sum() + others) / len(rows)
+    own = logits.diagonal()
+    if len(rows) == 1:
+        return 0.0
+    masked = logits.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=logits.device), -math.inf)
+    losses = [torch.logaddexp(own, x.logsumexp(1) + math.log(more)) - own for x in (masked, masked.T)]
+    return float((losses[0] + losses[1]).mean() / 2)
+
+
+def accumulated(rows: Tensor) -> torch.dtype:
+    """Returns the type that products of embeddings are made in: float32 at least."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def chunk_sizes(size: int, n_chunks: int, strict: bool = False) -> list[int]:
