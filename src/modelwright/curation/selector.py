@@ -182,7 +182,20 @@ def make_selector(name: str, options: Mapping[str, Any] | None = None) -> Select
     Raises:
         UserError: No such selector or option, or a value of the wrong type.
     """
-    cls = catalog.load("selectors", name)
+    return make_part(catalog.load("selectors", name), name, options)
+
+
+def make_part(cls: Any, name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """Makes a part whose options are the fields of its dataclass.
+
+    Args:
+        cls: The dataclass.
+        name: What the user calls it.
+        options: Field to value; strings (from the command line) are converted to the field's type.
+
+    Raises:
+        UserError: No such option, or a value of the wrong type.
+    """
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     values: dict[str, Any] = {}

@@ -96,7 +96,7 @@ def train(
         total = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         companion = stack.enter_context(Companion(progress, options.save_minutes, can_save=folder is not None))
         if options.gradient_checkpointing:
-            stack.enter_context(_checkpointing(model))
+            stack.enter_context(checkpointing(model))
         trainer = CausalTrainer(
             options=options,
             evaluate_with=_evaluator(tokenizer, heldout, options) if heldout else None,
@@ -122,7 +122,8 @@ def train(
 
 
 @contextlib.contextmanager
-def _checkpointing(model: Any) -> Iterator[None]:
+def checkpointing(model: Any) -> Iterator[None]:
+    """Recomputes activations in the backward pass while the block runs."""
     # Not by TrainingArguments: later versions have another name for it, there and here.
     new = hasattr(model, "activation_checkpointing_enable")
     (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)({"use_reentrant": False})

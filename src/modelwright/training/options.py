@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from modelwright.errors import UserError
+
+
+class Schedule(Protocol):
+    """Options that shape the learning rate."""
+
+    @property
+    def schedule(self) -> Literal["cosine", "linear", "constant"]:
+        """Shape after the warm-up."""
+
+    @property
+    def min_lr_ratio(self) -> float:
+        """Last learning rate over the peak."""
+
+    def warmup_steps(self, total: int) -> int:
+        """Returns the length of the warm-up in steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback
 
-from modelwright.training.options import TrainingOptions
+from modelwright.training.options import Schedule, TrainingOptions
 from modelwright.training.resume import ResumableTrainer
 
 
-def rate(step: int, total: int, options: TrainingOptions) -> float:
+def rate(step: int, total: int, options: Schedule) -> float:
     """Returns the learning rate of a step (from 0) over the peak."""
     warmup = options.warmup_steps(total)
     if step < warmup:

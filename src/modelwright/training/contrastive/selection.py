@@ -23,7 +23,10 @@ class Chosen(NamedTuple):
 
 
 class Selection(Protocol):
-    """Chooses each training batch. The catalog finds one by the name of its method (kind ``batch_selectors``)."""
+    """Chooses each training batch. The catalog finds one by the name of its method (kind ``batch_selectors``).
+
+    A selection may have a method ``attach(learner)``, which is called with the ``PairEncoder`` before training.
+    """
 
     def super_batch_size(self, batch_size: int) -> int:
         """Returns how many pairs are read for a training batch of ``batch_size``."""
@@ -44,6 +47,7 @@ class Selection(Protocol):
                 order of the ranks; every process then makes the same choice.
             super_batch: This process's part, as sub-batches of model inputs.
             size: Pairs to choose, over all processes.
-            step: Optimizer steps done so far: what a draw depends on besides the seed, so that a resumed run repeats it.
-            extras: Columns of the whole super-batch's rows, such as cached reference embeddings, first dimension the row.
+            step: Optimizer steps done so far: what a draw depends on besides the seed, for a resumed run repeats it.
+            extras: Columns of the whole super-batch's rows, such as cached reference embeddings; first dimension the
+                row. Those that the data have of the selection's attribute ``columns``, if it has one.
         """
