@@ -1,0 +1,1 @@
+"""Attention: how a trained model reads its context, changed without training."""
