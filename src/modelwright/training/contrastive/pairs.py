@@ -391,7 +391,7 @@ def _image_fault(raw: dict[str, Any], part: Part) -> str | None:
 
 
 def _clean(view: Dataset, local: np.ndarray, part: Part) -> int | None:
-    """Returns how many negatives each of some rows has if all their texts are in order; else None. Many rows at once."""
+    """Returns how many negatives each of some rows has if all their texts are in order, else None; all at once."""
     import pyarrow
     from pyarrow import compute
 
