@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,9 +18,7 @@ class Retrieval:
     data: Annotated[list[str], Arg("Pairs: files, folders, patterns or hub ids.", kind="input")]
     output: Annotated[Path, Arg("JSON file to write.", short="-o", kind="output", filename="retrieval.json")]
     name: Annotated[str, Arg("Name of the task in the results.")] = "retrieval"
-    ks: Annotated[list[int], Arg("The k of recall@k; repeat for several. 1, 5 and 10 by default.")] = field(
-        default_factory=lambda: [1, 5, 10]
-    )
+    ks: Annotated[str, Arg("Every k of recall@k, with commas between them.")] = "1,5,10"
     query_field: Annotated[str | None, Arg("Field of the image or query; found by its name by default.")] = None
     key_field: Annotated[str | None, Arg("Field of the text that belongs to it; found by its name by default.")] = None
     base: Annotated[Path | None, Arg("Folder that paths of images start from; the data file's by default.")] = None
@@ -46,7 +44,13 @@ class Retrieval:
         from modelwright.training.contrastive.pairs import read_pairs
 
         check_output(self.output, self.force)
-        for option, value in (("limit", self.limit), ("batch-size", self.batch_size), ("ks", min(self.ks, default=0))):
+        try:
+            ks = [int(k) for k in self.ks.split(",")]
+        except ValueError as error:
+            raise UserError(
+                f"--ks must be numbers with commas between them, such as 1,5,10, not '{self.ks}'."
+            ) from error
+        for option, value in (("limit", self.limit), ("batch-size", self.batch_size), ("ks", min(ks))):
             if value is not None and value < 1:
                 raise UserError(f"--{option} must be at least 1, not {value}.")
         pairs = read_pairs(
@@ -72,11 +76,11 @@ class Retrieval:
             skipped = len(bad)
         try:
             found = evaluate_retrieval(
-                encoder, pairs, batch_size=self.batch_size, ks=self.ks, workers=self.workers, progress=progress
+                encoder, pairs, batch_size=self.batch_size, ks=ks, workers=self.workers, progress=progress
             )
         except torch.OutOfMemoryError as error:
             raise UserError(f"Memory is full at {self.batch_size} pairs: use a smaller --batch-size.") from error
-        results = as_results(encoder, found, task=self.name, ks=self.ks, batch_size=self.batch_size)
+        results = as_results(encoder, found, task=self.name, ks=ks, batch_size=self.batch_size)
         results["counts"]["skipped"] = skipped
         write_json(self.output, results, self.force)
         return {"output": str(self.output), **found, "skipped": skipped}
