@@ -128,7 +128,7 @@ def test_pictures_are_found_from_the_new_file(tmp_path, form):
     model = encoder("siglip")
     cached = cache_reference_embeddings(pairs, model, output=target / "cached.parquet")
     assert cached[4]["query"].tobytes() == pairs[4]["query"].tobytes()
-    assert cached.column("ref_bias")[0] == pytest.approx(float(model.bias()))
+    assert cached.column("ref_bias")[0] == pytest.approx(model.bias().item())
     np.testing.assert_allclose(cached.column("ref_query_embeds"), direct(model, pairs).queries, atol=1e-5)
 
 

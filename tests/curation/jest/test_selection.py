@@ -245,7 +245,7 @@ def test_training_at_two_resolutions_mixes_them_and_evaluation_does_not():
     assert model.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
     with torch.no_grad():
         copied.visual_projection.weight.zero_()
-    assert float(copied.train().get_image_features(pixel_values=pixels).pooler_output.abs().sum()) == 0
+    assert not copied.train().get_image_features(pixel_values=pixels).pooler_output.any()
 
 
 def test_gradcache_repeats_the_mixture():

@@ -20,7 +20,7 @@ from modelwright.errors import UserError
 
 @functools.cache
 def _resizing(old: int, new: int) -> Tensor:
-    """The matrix (old^2, new^2) that takes a kernel to its resized one, float64.
+    """The matrix (new^2, old^2) that takes a kernel to its resized one, float64.
 
     Where images are resized by B, ``new = pinv(B^T) old`` keeps the products of kernels with images: exactly when
     enlarging, where B has full column rank, and in least squares otherwise. Bilinear, as FlexiViT's code.
@@ -44,8 +44,8 @@ def resize_kernel(kernel: Tensor, patch_size: int) -> Tensor:
     if patch_size == old:
         return kernel
     matrix = _resizing(old, patch_size).to(kernel.device, torch.promote_types(kernel.dtype, torch.float32))
-    resized = matrix @ kernel.flatten(2).to(matrix.dtype)[..., None]
-    return resized.squeeze(-1).unflatten(-1, (patch_size, patch_size)).to(kernel.dtype)
+    resized = kernel.flatten(2).to(matrix.dtype) @ matrix.T
+    return resized.unflatten(-1, (patch_size, patch_size)).to(kernel.dtype)
 
 
 def resize_positions(positions: Tensor, height: int, width: int, special: int = 0) -> Tensor:
