@@ -7,11 +7,11 @@ import os
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelwright.errors import UserError
 from modelwright.kernels import pair_tiles
 from modelwright.kernels import pair_tiles_triton as kernels
+from modelwright.kernels.largest_tensor import LargestTensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -167,18 +167,8 @@ def test_rows_that_do_not_lie_one_after_the_other():
 
 
 def test_no_tensor_is_as_large_as_the_matrix():
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for t in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(t, torch.Tensor):
-                    self.elements = max(self.elements, t.numel())
-            return result
-
     q, k = inputs(300, 300, 4)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         rows, cols = kernels.softmax_sweep(q, k)
         kernels.softmax_sweep_backward(q, k, rows, rows, cols, cols)
         kernels.sigmoid_sweep(q, k, torch.zeros(1, device=DEVICE), diagonal=True, gradients=True)

@@ -16,9 +16,9 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelwright.errors import UserError
+from modelwright.kernels.largest_tensor import LargestTensor
 from modelwright.training.inf_cl import ring
 
 ROWS, WIDTH = 13, 7
@@ -97,23 +97,10 @@ def compare(group, local, whole, more, negatives=0, dtype=torch.float64):
     return found
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.numel())
-        return result
-
-
 def no_large_tensor(group):
     b, width, block = 96, 4, 16
     q, k = leaves(*torch.randn(2, b, width, dtype=torch.float64))
-    with Largest() as largest:
+    with LargestTensor() as largest:
         ring_loss(q, k, torch.tensor(10.0, dtype=torch.float64), group, True, block_size=block).backward()
         seen = largest.elements
         ring_sigmoid_loss(q, k, torch.tensor(10.0), torch.tensor(0.0), group, block_size=block).backward()
@@ -238,17 +225,19 @@ def main(mode, rank, size, folder):
             nonlocal posted
             works = original(operations)
             posted += 1
-            if rank == 0 and posted == 10:
+            if rank == 0 and posted == 10 and mode in ("killed", "stopped"):
                 os.kill(os.getpid(), signal.SIGKILL if mode == "killed" else signal.SIGSTOP)
             return works
 
+        def losses():
+            for step in range(5):
+                if rank == 0 and step == 2 and mode == "absent":
+                    os.kill(os.getpid(), signal.SIGKILL)  # between two losses: the others wait for it to join
+                ring_loss(q, k, torch.tensor(10.0), dist.group.WORLD, True, block_size=512).backward()
+
         ring.dist.batch_isend_irecv = dying
         start = datetime.datetime.now()
-        report["message"] = message(
-            lambda: [
-                ring_loss(q, k, torch.tensor(10.0), dist.group.WORLD, True, block_size=512).backward() for _ in "12345"
-            ]
-        )
+        report["message"] = message(losses)
         report["seconds"] = (datetime.datetime.now() - start).total_seconds()
     Path(folder, f"{rank}.json").write_text(json.dumps(report))
     if mode == "cases":
