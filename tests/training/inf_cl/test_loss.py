@@ -315,7 +315,7 @@ def test_no_matrix_of_all_pairs_exists_forward_or_backward(loss, scale):
 
 def test_memory_grows_with_the_batch_not_with_its_square():
     peaks = []
-    for b in (512, 1024, 2048):
+    for b in (256, 512, 1024):
         images, texts = pairs(b, 8, torch.float32)
         with LargestTensor() as seen:
             tiled_contrastive_loss(images, texts, 14.3, block_size=32).backward()
