@@ -35,6 +35,7 @@ class Heartbeat:
         interval: Seconds between signs.
         grace: Seconds left to the main thread.
         lost: Called with the message; by default prints it and ends this process with exit code 1.
+        member: Store, rank and number of processes; by default those of ``torch.distributed``.
     """
 
     def __init__(
@@ -43,31 +44,20 @@ class Heartbeat:
         interval: float = 4.0,
         grace: float = 8.0,
         lost: Callable[[str], None] | None = None,
+        member: tuple[Any, int, int] | None = None,
     ) -> None:
         self.patience, self.interval, self.grace = patience, interval, grace
-        self.lost = lost or _end
+        self.lost, self.member = lost or _end, member
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._store: Any = None
 
     def __enter__(self) -> Heartbeat:
-        there = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not there or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            return self
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        # A connection of its own: the group's blocks while it waits for something.
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=self.patience),
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"modelwright/{attempt}/{next(_NUMBERS)}", store)
-        self._store.set(str(self._rank), "0")
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
-        self._thread.start()
+        member = self.member or _member(self.patience)
+        if member is not None:
+            self._store, self._rank, self._world = member
+            self._store.set(str(self._rank), "0")
+            self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -100,6 +90,23 @@ class Heartbeat:
                 if not self._stop.wait(self.grace):
                     self.lost(f"{message}: stopping. The same command goes on from the last checkpoint.")
                 return
+
+
+def _member(patience: float) -> tuple[Any, int, int] | None:
+    there = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not there or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return None
+    # A connection of its own: the group's blocks while it waits for something.
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=patience),
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"modelwright/{attempt}/{next(_NUMBERS)}"
+    return dist.PrefixStore(prefix, store), dist.get_rank(), dist.get_world_size()
 
 
 def _end(message: str) -> None:

@@ -135,7 +135,7 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.clock.stop()
-        self._losses = [float(v) for v in self._losses]
+        self._losses = list(self._over_processes([float(v) for v in self._losses]))
         self._noted = {name: [float(v) for v in values] for name, values in self._noted.items()}
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -144,6 +144,13 @@ class ResumableTrainer(Trainer):
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             (folder / _COMPLETE).write_text(json.dumps(state))
         self.clock.start()
+
+    def _over_processes(self, values: list[float]) -> list[float]:
+        """The mean over the processes: one of them writes the checkpoint that all go on from."""
+        if self.args.world_size == 1 or not values:
+            return values
+        mine = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.gather(mine).view(self.args.world_size, -1).mean(0).tolist()
 
     def resume(self, checkpoint: Path | None) -> None:
         """Trains, from a checkpoint if there is one."""

@@ -35,9 +35,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
                 "Gradient accumulation does not enlarge a contrastive batch, for the loss couples its pairs: raise "
                 "per_device_train_batch_size instead; mini_batch_size keeps the memory small."
             )
-        for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
-            if getattr(self, name) is None:
-                setattr(self, name, False)
+        if getattr(self, "ddp_find_unused_parameters", None) is None:
+            self.ddp_find_unused_parameters = False
 
 
 @dataclass(frozen=True, kw_only=True)
