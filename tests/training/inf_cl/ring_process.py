@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from modelwright.errors import UserError
 from modelwright.kernels.largest_tensor import LargestTensor
-from modelwright.training.inf_cl import ring
+from modelwright.training.inf_cl import ring, tiled_contrastive_loss, tiled_info_nce_loss, tiled_sigmoid_loss
 
 ROWS, WIDTH = 13, 7
 
@@ -161,6 +161,23 @@ def cases(group):
     rank_sum, whole_sum = softmax(True, "sum")
     yield "sum", lambda: compare(group, rank_sum, lambda *a: whole_sum(*a) / size, [scale])
 
+    # The same through the public functions.
+    def public(function, **options):
+        return lambda *a: function(*a[:-1], block_size=5, backend="torch", process_group=a[-1], **options)
+
+    yield "tiled_contrastive_loss", lambda: compare(group, public(tiled_contrastive_loss), softmax(True)[1], [scale])
+    yield (
+        "tiled_contrastive_loss, sum",
+        lambda: compare(
+            group, public(tiled_contrastive_loss, reduction="sum"), lambda *a: whole_sum(*a) / size, [scale]
+        ),
+    )
+    yield (
+        "tiled_info_nce_loss",
+        lambda: compare(group, public(tiled_info_nce_loss), softmax(False)[1], [scale], negatives=9),
+    )
+    yield "tiled_sigmoid_loss", lambda: compare(group, public(tiled_sigmoid_loss), whole_sigmoid, [scale, bias])
+
     def each():
         q, k = rows(size)
         here = ring_loss(q[me], k[me], scale, group, True, "none")
@@ -177,6 +194,10 @@ def cases(group):
             f"bfloat16 keys travel {'wide' if widened else 'as they are'}",
             lambda widened=widened: compare(group, narrow(widened), softmax(True)[1], [scale], dtype=torch.bfloat16),
         )
+    yield (
+        "bfloat16 keys travel as the function decides",
+        lambda: compare(group, public(tiled_contrastive_loss), softmax(True)[1], [scale], dtype=torch.bfloat16),
+    )
     yield "data parallel", lambda: data_parallel(group)
     yield "memory", lambda: no_large_tensor(group)
 

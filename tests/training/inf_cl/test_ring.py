@@ -67,6 +67,10 @@ def found(size, group, case):
         "sigmoid",
         "sum",
         "none",
+        "tiled_contrastive_loss",
+        "tiled_contrastive_loss, sum",
+        "tiled_info_nce_loss",
+        "tiled_sigmoid_loss",
         "data parallel",
         "afterwards",
     ],
@@ -79,11 +83,12 @@ def test_processes_give_the_loss_and_gradients_of_one(size, group, case):
         "sigmoid": {"loss", "queries", "keys", "scale", "bias"},
         "data parallel": {"logit_scale", "query.0.weight", "query.0.bias", "key.0.weight", "key.0.bias"},
     }
+    quantities["tiled_sigmoid_loss"] = quantities["sigmoid"]
     assert set(differences) == quantities.get(case, {"loss", "queries", "keys", "scale"})
 
 
 @pytest.mark.parametrize(("size", "group"), GROUPS)
-@pytest.mark.parametrize("travel", ["wide", "as they are"])
+@pytest.mark.parametrize("travel", ["wide", "as they are", "as the function decides"])
 def test_bfloat16_rows_are_added_up_in_float32(size, group, travel):
     for differences in found(size, group, f"bfloat16 keys travel {travel}"):
         # The loss and the scale's gradient know no bfloat16; those of rows (below 1) are rounded to it at the end.
