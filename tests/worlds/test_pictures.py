@@ -288,6 +288,31 @@ def test_numbers_of_objects_and_noise_levels_are_spread():
     assert 0.55 < sum(levels) / len(levels) < 0.65
 
 
+def test_attributes_that_do_not_vary():
+    small = {"pool_size": 200, "reference_size": 30, "max_objects": 1, "mismatched_share": 0.5, "near_share": 1.0}
+    world = pictures(0, **small, heldout_size=20, vary=["background", "shape", "colour"])
+    assert world.parameters["vary"] == ["shape", "colour", "background"]
+    for rows in world.splits().values():
+        for row in rows:
+            if row["kind"] != "easy":
+                assert [(t.size, t.place) for t in (*scene_of(row).things, *read(row["caption"]).things)] == [
+                    ("large", "centre")
+                ] * 2
+    assert {row["wrong"] for row in world.train} == {None, "shape", "colour", "background"}
+    assert {key for key in world.heldout[0] if key.startswith("near")} == {
+        "near_shape",
+        "near_colour",
+        "near_background",
+    }
+    assert len({scene_of(row) for row in world.heldout}) == 20
+    plain = pictures(0, **small, heldout_size=8, vary=["colour", "size"])
+    assert plain.heldout_combinations == plain.truth["heldout_combinations"] == []
+    assert {scene_of(row).background for row in plain.heldout} == {"black"}
+    # The order in which they are named does not count.
+    again = pictures(0, **small, heldout_size=8, vary=["size", "colour"])
+    assert again.fingerprint() == plain.fingerprint()
+
+
 def test_a_pool_of_one_kind():
     for kind in ("mismatched", "noisy", "easy"):
         shares = {f"{k}_share": float(k == kind) for k in ("mismatched", "noisy", "easy", "duplicate")}

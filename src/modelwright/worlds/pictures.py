@@ -15,10 +15,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from modelwright.errors import UserError
+from modelwright.errors import UserError, did_you_mean
 from modelwright.worlds.base import Draw, Row, World, check_at_least, check_share
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
@@ -33,6 +34,8 @@ PLACES = (
     "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 ATTRIBUTES = ("shape", "colour", "size", "place", "background")
+#: Values of attributes that do not vary.
+FIXED = {"shape": "circle", "colour": "red", "size": "large", "place": "centre", "background": "black"}
 KINDS = ("clean", "mismatched", "noisy", "easy", "duplicate")
 _NUMBERS = ("no shape", "one shape", "two shapes", "three shapes")
 #: Each channel of a colour is moved by at most this much, and a near copy has this share of its pixels changed.
@@ -99,8 +102,8 @@ class PicturesWorld(World):
 
     The kinds are ``clean``; ``mismatched``, whose caption is wrong; ``noisy``; ``easy``, a plain colour that is named;
     ``duplicate``, a near copy of a clean row. The held-out splits also have ``near_shape``, ``near_colour``,
-    ``near_size``, ``near_place``, ``near_background``: captions that are wrong in that attribute only. No scene of
-    theirs is in another split, so no caption of theirs is either.
+    ``near_size``, ``near_place``, ``near_background``: captions that are wrong in that attribute only (those of
+    attributes that vary). No scene of theirs is in another split, so no caption of theirs is either.
 
     Attributes:
         train: The pool, shuffled.
@@ -119,7 +122,7 @@ class PicturesWorld(World):
     @property
     def truth(self) -> dict[str, Any]:
         """``heldout_combinations`` (pairs of shape and colour), ``clean_share`` of the pool, ``attributes``."""
-        pairs = _heldout_pairs(self.parameters["seed"], self.parameters["combinations_share"])
+        pairs = _heldout_pairs(self.parameters["seed"], self.parameters["combinations_share"], self.parameters["vary"])
         return {
             "heldout_combinations": sorted(map(list, pairs)),
             "clean_share": sum(row["clean"] for row in self.train) / len(self.train),
@@ -138,6 +141,7 @@ def pictures(
     heldout_size: int = 400,
     image_size: int = 32,
     max_objects: int = 2,
+    vary: Sequence[str] = ATTRIBUTES,
     mismatched_share: float = 0.4,
     noisy_share: float = 0.1,
     easy_share: float = 0.1,
@@ -157,6 +161,9 @@ def pictures(
         heldout_size: Rows of each held-out split.
         image_size: Width and height in pixels, 24 to 512.
         max_objects: A picture shows one to this many shapes, at most 3, each number equally often.
+        vary: Attributes that differ between scenes, of :data:`ATTRIBUTES`; fewer make the world easier. The others
+            are as in :data:`FIXED`, and captions still tell them. Without ``place`` there is room for one shape only;
+            without ``shape`` or ``colour`` no combination is held out.
         mismatched_share: Share of the pool whose caption is wrong.
         noisy_share: Share of the pool whose picture is noisy.
         easy_share: Share of the pool that is a plain colour.
@@ -171,17 +178,17 @@ def pictures(
     Raises:
         UserError: A parameter is out of range, or there are too few scenes for the held-out splits.
     """
-    parameters = locals().copy()
+    parameters = {**locals(), "vary": [attribute for attribute in ATTRIBUTES if attribute in vary]}
     check_at_least(1, pool_size=pool_size, max_objects=max_objects, heldout_wordings=heldout_wordings)
     check_at_least(0, reference_size=reference_size, heldout_size=heldout_size)
     check_at_least(24, image_size=image_size)
     check_share(near_share=near_share, min_noise=min_noise, max_noise=max_noise, combinations_share=combinations_share)
     shares = {"mismatched": mismatched_share, "noisy": noisy_share, "easy": easy_share, "duplicate": duplicate_share}
     check_share(**{f"{kind}_share": share for kind, share in shares.items()})
-    _check_limits(parameters, shares)
-    maker = _Maker(seed, image_size, max_objects, combinations_share, len(WORDINGS) - heldout_wordings)
+    _check_limits(parameters, shares, vary)
+    maker = _Maker(parameters)
     heldout = maker.heldout("heldout", heldout_size, new_pairs=False)
-    new_pairs = maker.heldout("heldout_combinations", heldout_size if combinations_share else 0, new_pairs=True)
+    new_pairs = maker.heldout("heldout_combinations", heldout_size if maker.pairs else 0, new_pairs=True)
     return PicturesWorld(
         parameters,
         train=maker.pool(pool_size, shares, near_share, (min_noise, max_noise)),
@@ -192,7 +199,14 @@ def pictures(
     )
 
 
-def _check_limits(parameters: dict[str, Any], shares: dict[str, float]) -> None:
+def _check_limits(parameters: dict[str, Any], shares: dict[str, float], vary: Sequence[str]) -> None:
+    for attribute in vary:
+        if attribute not in ATTRIBUTES:
+            raise UserError(f"There is no attribute '{attribute}' to vary: {did_you_mean(attribute, ATTRIBUTES)}")
+    if not vary:
+        raise UserError(f"vary is empty, so all scenes would be one: name some of {', '.join(ATTRIBUTES)}.")
+    if "place" not in vary and parameters["max_objects"] > 1:
+        raise UserError(f"max_objects is {parameters['max_objects']}, but without varying places only 1 has room.")
     for name, most in (("max_objects", 3), ("heldout_wordings", 4), ("image_size", 512), ("combinations_share", 0.5)):
         if parameters[name] > most:
             raise UserError(f"{name} is {parameters[name]}: give at most {most}.")
@@ -220,8 +234,10 @@ def _counts(size: int, shares: dict[str, float]) -> dict[str, int]:
     return {"clean": left, **counts}
 
 
-def _heldout_pairs(seed: int, share: float) -> set[tuple[str, str]]:
+def _heldout_pairs(seed: int, share: float, vary: Sequence[str]) -> set[tuple[str, str]]:
     """Returns pairs of shape and colour that spread over all shapes and colours, so that each is also seen."""
+    if "shape" not in vary or "colour" not in vary:
+        return set()
     draw = Draw(seed, "combinations")
     shapes, colours = draw.shuffled(SHAPES), draw.shuffled(COLOURS)
     n = round(share * len(shapes) * len(colours))
@@ -232,22 +248,27 @@ def _heldout_pairs(seed: int, share: float) -> set[tuple[str, str]]:
 class _Maker:
     """Makes rows, and no held-out scene in the others."""
 
-    def __init__(self, seed: int, image_size: int, max_objects: int, combinations_share: float, wordings: int) -> None:
-        self.seed = seed
-        self.image_size = image_size
-        self.max_objects = max_objects
-        self.wordings = wordings
-        self.pairs = _heldout_pairs(seed, combinations_share)
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        self.seed: int = parameters["seed"]
+        self.image_size: int = parameters["image_size"]
+        self.max_objects: int = parameters["max_objects"]
+        self.wordings = len(WORDINGS) - parameters["heldout_wordings"]
+        self.vary: list[str] = parameters["vary"]
+        self.pairs = _heldout_pairs(self.seed, parameters["combinations_share"], self.vary)
         self.reserved: set[Scene] = set()
 
     def scene(self, draw: Draw) -> Scene:
         """Returns any scene of shapes."""
-        shapes, colours = SHAPES, tuple(COLOURS)
+        values = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
+        fixed = {attribute: FIXED[attribute] for attribute in ATTRIBUTES if attribute not in self.vary}
+        background = fixed.pop("background", None)
         places = sorted(draw.sample(range(len(PLACES)), draw.between(1, self.max_objects)))
-        things = tuple(
-            Thing(draw.choice(shapes), draw.choice(colours), draw.choice(SIZES), PLACES[place]) for place in places
-        )
-        return Scene(draw.choice(tuple(BACKGROUNDS)), things)
+        things = []
+        for place in places:
+            # Drawn all the same, so that the others are what they are in the full world.
+            drawn = {attribute: draw.choice(values[attribute]) for attribute in ("shape", "colour", "size")}
+            things.append(Thing(**{**drawn, "place": PLACES[place], **fixed}))
+        return Scene(background or draw.choice(tuple(BACKGROUNDS)), tuple(things))
 
     def new_pair(self, scene: Scene) -> bool:
         """Tells whether a scene shows a held-out pair of shape and colour."""
@@ -294,7 +315,7 @@ class _Maker:
 
     def near_captions(self, scene: Scene, wording: int, draw: Draw) -> Row:
         """Returns captions that are wrong in one attribute each."""
-        return {f"near_{a}": caption(changed(scene, a, draw), wording) for a in ATTRIBUTES}
+        return {f"near_{a}": caption(changed(scene, a, draw), wording) for a in self.vary}
 
     def reworded(self, row: Row) -> Row:
         """Returns a held-out row in a held-out wording."""
@@ -348,7 +369,7 @@ class _Maker:
         draw, scene = Draw(self.seed, f"mismatched {row['id']}"), scene_of(row)
         attribute, other = "picture", scene
         if rows is None:
-            attribute = draw.choice(ATTRIBUTES)
+            attribute = draw.choice(self.vary)
             other = changed(scene, attribute, draw)
         else:
             for _ in range(_ATTEMPTS):
