@@ -360,8 +360,8 @@ class SetSelection:
         size = n + sum(d * math.comb(n, d) for d in range(1, min(n, count) + 1))
         if size > LARGEST_PROGRAM:
             raise UserError(
-                f"The optimal selection of {count} drafts over {n} tokens needs a linear program of {size:,} variables, "
-                f"more than {LARGEST_PROGRAM:,}: use the verifier 'is' or 'priority', or a smaller top_k."
+                f"The optimal selection of {count} drafts over {n} tokens needs a linear program of {size:,} "
+                f"variables, more than {LARGEST_PROGRAM:,}: use the verifier 'is' or 'priority', or a smaller top_k."
             )
         sets: list[np.ndarray] = []
         masses: list[np.ndarray] = []

@@ -1,8 +1,8 @@
 """Verifiers: from drafted tokens to one token whose law is the target's, exactly, and which is drafted if possible.
 
-Each is split in two. ``prepare(laws, q)`` does what does not depend on the drafted tokens; ``rule.given(tokens)`` is the
-law of the outcome given them, as probabilities of keeping drafted tokens and, with what is left, a residual law. The
-outcome is drawn from that; tests enumerate it.
+Each is split in two. ``prepare(laws, q)`` does what does not depend on the drafted tokens; ``rule.given(tokens)`` is
+the law of the outcome given them, as probabilities of keeping drafted tokens and, with what is left, a residual law.
+The outcome is drawn from that; tests enumerate it.
 """
 
 from __future__ import annotations
