@@ -66,9 +66,10 @@ class TrainContrastive:
         Literal["auto", "softmax", "sigmoid"],
         Arg("Loss: softmax (CLIP, InfoNCE) or sigmoid (SigLIP); auto: the model's."),
     ] = "auto"
-    symmetric: Annotated[
-        bool | None, Arg("Softmax loss in both directions; by default for image-text only (text-text: query to key).")
-    ] = None
+    directions: Annotated[
+        Literal["auto", "both", "one"],
+        Arg("Of the softmax loss; one: query to key. auto: both for image-text, one for text-text."),
+    ] = "auto"
     block_size: Annotated[int | None, Arg("Side of the loss's tiles; chosen by default.", kind="run")] = None
     freeze: Annotated[Literal["none", "image", "text"], Arg("Tower that is not trained; image is LiT.")] = "none"
     scale: Annotated[float | None, Arg("Fix the multiplier of the cosines; learned by default.")] = None

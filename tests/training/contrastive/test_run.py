@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from torch.nn import functional
 from transformers import AutoModel, AutoProcessor
 
 from modelwright import catalog
@@ -22,6 +23,7 @@ from modelwright.models.loading import save_model
 from modelwright.models.tiny_pairs import tiny_pair
 from modelwright.progress import Silent
 from modelwright.training.contrastive.arguments import ContrastiveOptions
+from modelwright.training.contrastive.batches import Order
 from modelwright.training.contrastive.encoders import load_pair_encoder, pair_encoder
 from modelwright.training.contrastive.pairs import read_pairs
 from modelwright.training.contrastive.run import make_selection
@@ -45,6 +47,7 @@ def folder(tmp_path_factory):
     (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     # Dropout makes the random state matter.
     save_model(*tiny_pair("bert", hidden_dropout_prob=0.2), folder / "bert")
+    save_model(*tiny_pair("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), folder / "still")
     save_model(*tiny_pair("clip", attention_dropout=0.2), folder / "clip")
     save_model(*tiny_pair("siglip"), folder / "siglip")
     return folder
@@ -352,3 +355,15 @@ def test_a_fixed_scale_and_a_plain_softmax_for_siglip(folder, tmp_path):
     again = load_pair_encoder(tmp_path / "m", device="cpu")
     assert (again.objective, again.fixed_scale) == ("softmax", 30.0)
     assert pair_encoder(again.model, again.processor).objective == "sigmoid"
+
+
+@pytest.mark.parametrize(("directions", "expected"), [("auto", False), ("both", True), ("one", False)])
+def test_directions(folder, tmp_path, directions, expected):
+    keys = {"steps": 1, "log_every": 1, "eval_data": [], "seed": 3}
+    result = verb(folder, tmp_path / "m", directions=directions, model=str(folder / "still"), **keys).run(Silent())
+    encoder, data = load_pair_encoder(folder / "still", device="cpu"), read_pairs(folder / "texts.jsonl")
+    with torch.no_grad():
+        found = encoder(encoder.collator(data.rows(Order(60, 16, 3).of(0))))
+    logits, labels = found.scale * found.queries @ found.keys.T, torch.arange(16)
+    losses = [functional.cross_entropy(x, labels).item() for x in (logits, logits.T)]
+    assert result["final_loss"] == pytest.approx(sum(losses) / 2 if expected else losses[0], rel=1e-5)

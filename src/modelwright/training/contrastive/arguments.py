@@ -59,8 +59,8 @@ class ContrastiveOptions:
         beta2: Decay of the gradient's square.
         clip: Largest norm of the gradient; 0 for none.
         objective: ``softmax`` (CLIP, InfoNCE), ``sigmoid`` (SigLIP), or what suits the model.
-        symmetric: Both directions in the softmax loss; None is both for image-text and for text-text the direction
-            from query to key.
+        directions: Of the softmax loss: ``both``, or ``one``, from query to key; ``auto`` is both for image-text (CLIP)
+            and one for text-text (InfoNCE).
         block_size: Side of the loss's tiles; None chooses.
         freeze: ``image`` or ``text``: that tower is not trained (``image`` is LiT).
         scale: Fixes the multiplier of the cosines.
@@ -91,7 +91,7 @@ class ContrastiveOptions:
     beta2: float = 0.98
     clip: float = 1.0
     objective: Literal["auto", "softmax", "sigmoid"] = "auto"
-    symmetric: bool | None = None
+    directions: Literal["auto", "both", "one"] = "auto"
     block_size: int | None = None
     freeze: Literal["none", "image", "text"] = "none"
     scale: float | None = None

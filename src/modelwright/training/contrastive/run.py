@@ -192,7 +192,12 @@ def train_pairs(
             args,
             train_dataset=pairs,
             eval_dataset=heldout,
-            loss=default_loss(encoder, args.world_size, block_size=options.block_size, symmetric=options.symmetric),
+            loss=default_loss(
+                encoder,
+                args.world_size,
+                block_size=options.block_size,
+                symmetric={"both": True, "one": False}.get(options.directions),
+            ),
             selection=selection,
             rate=lambda step, total: rate(step, total, options),
             callbacks=[companion],
