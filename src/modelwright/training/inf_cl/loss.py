@@ -46,7 +46,8 @@ def tiled_contrastive_loss(
         text_embeds: (b, d); row i belongs to image i.
         logit_scale: Multiplies the products: ``model.logit_scale.exp()``. A number or a tensor of one element.
         block_size: Side of a tile; None chooses one for the device. It changes time and memory, not the result.
-        backend: ``torch`` runs anywhere, ``triton`` on CUDA and not in float64; ``auto`` is triton where it runs.
+        backend: ``torch`` runs anywhere, ``triton`` on CUDA and not in float64; ``auto`` is torch,
+            because the kernels have been checked in Triton's interpreter but not yet on a card.
         process_group: With a group of more than one process, the loss is over the pairs of all of them: every process
             gives its own rows, equally many, and gets the mean over them. Averaged over the processes (as
             DistributedDataParallel averages the encoder's gradients) this is the loss of one process with all pairs;
@@ -149,7 +150,7 @@ def tiled_sigmoid_loss(
         raise UserError(f"reduction={reduction!r} is not known to the sigmoid loss: use 'mean' or 'sum'.")
     dtype = _check_features(image_embeds, text_embeds, ("image_embeds", "text_embeds"), block_size)
     _check_pairs(image_embeds, text_embeds)
-    chosen = _resolve(backend, image_embeds.device, dtype)
+    chosen = _resolve(backend, image_embeds.device)
     scale = _scalar(logit_scale, "logit_scale", dtype)
     bias = _scalar(logit_bias, "logit_bias", dtype)
     _check_values(
@@ -346,7 +347,7 @@ def _info_nce(
     if reduction not in ("mean", "sum", "none"):
         raise UserError(f"reduction={reduction!r} is not known: use 'mean', 'sum' or 'none'.")
     dtype = _check_features(queries, keys, names[:2], block_size)
-    backend = _resolve(backend, queries.device, dtype)
+    backend = _resolve(backend, queries.device)
     if labels is not None:
         _check_labels(labels, len(queries), queries.device)
     scale = _scalar(scale, names[2], dtype)
@@ -448,11 +449,10 @@ def _check_values(named: dict[str, Tensor], labels: Tensor | None, keys: int) ->
             )
 
 
-def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def _resolve(backend: str, device: torch.device) -> str:
     installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        # The kernels have no float64.
-        return "triton" if device.type == "cuda" and installed and dtype == torch.float32 else "torch"
+        return "torch"  # until the kernels have been run and timed on a card
     if backend == "triton":
         if not installed:
             raise UserError("backend='triton' needs the package 'triton', which is not installed: use backend='torch'.")

@@ -17,6 +17,7 @@ backward, or none.
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from modelwright.errors import UserError
 
@@ -124,6 +124,18 @@ def average_gradient(scale: Tensor, group: _Group | None) -> Tensor:
     return averaged
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a graph of the gradient; torch's ``once_differentiable`` is silent where what arrives is constant."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("The losses over several processes have no second derivative: leave out create_graph.")
+        return backward(ctx, *gradients)
+
+    return wrapped
+
+
 class _AverageGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, ring: _Ring) -> Tensor:
@@ -131,7 +143,7 @@ class _AverageGradient(torch.autograd.Function):
         return scale.view_as(scale)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # Never summed in half precision; and gloo has no AVG.
         total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True).contiguous()
@@ -159,7 +171,7 @@ class _RingSoftmax(torch.autograd.Function):
         return row_lse, col_lse
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, row_grad: Tensor, col_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, row_lse, col_lse = ctx.saved_tensors
         dq = torch.zeros_like(q)
@@ -218,7 +230,7 @@ class _RingSigmoid(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dbias, bias = ctx.saved_tensors
         ctx.ring.check_weights(weight)
