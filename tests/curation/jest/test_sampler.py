@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from modelwright.curation.jest import sampler as sampler_module
 from modelwright.curation.jest.sampler import JointSampler
 from modelwright.curation.jest.scores import (
+    batch_loss,
     chunk_sizes,
     draw_from_scores,
     pairwise_sigmoid_nll,
@@ -17,6 +18,7 @@ from modelwright.curation.jest.scores import (
     softmax_scores,
 )
 from modelwright.errors import UserError
+from modelwright.kernels.largest_tensor import LargestTensor
 from modelwright.training.contrastive.encoded import Encoded
 
 
@@ -278,25 +280,23 @@ def test_half_precision_embeddings_are_scored_in_single():
     torch.testing.assert_close(draw.scores, expected.scores, rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_does_not_coarsen_scores():
+    learner, reference = encoded(50, dtype=torch.float32), encoded(50, 1, dtype=torch.float32)
+    expected = JointSampler(n_chunks=4).draw(learner, reference, 20, generator(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        draw = JointSampler(n_chunks=4).draw(learner, reference, 20, generator(1))
+        loss = batch_loss(learner, draw.indices, 20)
+    assert torch.equal(draw.scores, expected.scores)
+    assert loss == batch_loss(learner, draw.indices, 20)
+
+
 def test_nothing_of_the_super_batchs_square_is_made():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            nonlocal largest
-            out = function(*arguments, **(keywords or {}))
-            for value in out if isinstance(out, list | tuple) else [out]:
-                if isinstance(value, torch.Tensor):
-                    largest = max(largest, value.numel())
-            return out
-
     count, block = 1000, 32
     for form in ("sigmoid", "softmax"):
-        with Watch():
-            JointSampler(n_chunks=4, block_size=block, form=form).select(encoded(count), encoded(count, 1))
-    assert largest <= 2 * count * 8  # the embeddings themselves
+        learner, reference = encoded(count), encoded(count, 1)
+        with LargestTensor() as seen:
+            JointSampler(n_chunks=4, block_size=block, form=form).select(learner, reference)
+        assert seen.elements <= 2 * count * 8, seen.name  # the embeddings themselves
 
 
 # Bad input
@@ -333,7 +333,7 @@ def with_row(encoded, row, value):
         (encoded(10), encoded(9, 1), 4, "10 pairs and the reference of 9"),
         (encoded(10), None, 4, "needs the reference"),
         (None, encoded(10), 4, "needs the learner"),
-        (None, None, 4, "needs the learner"),
+        (None, None, 4, "nothing to choose from"),
         (encoded(10, bias=None), encoded(10), 4, "no bias"),
         (with_row(encoded(10), 3, 2.0), encoded(10), 4, "row 3 has length"),
         (encoded(10), with_row(encoded(10), 3, 0.0), 4, "reference's query embedding of row 3 has length 0"),

@@ -1,6 +1,7 @@
 """JEST as the trainer's choice of batches."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -116,6 +117,13 @@ def test_flop_ratios_are_the_papers():
     assert flop_ratio(5) == pytest.approx(8 / 3)
     assert flop_ratio(5, reference=1) == pytest.approx(13 / 3)
     assert flop_ratio(1, scoring=0) == 1
+
+
+def test_the_mean_over_all_samples_is_the_loss_of_the_batch():
+    few = encoded(6)
+    exact = float(pairwise_sigmoid_nll(few.queries, few.keys, few.scale, few.bias).sum() / 6)
+    found = [batch_loss(few, torch.tensor(rows), 6) for rows in itertools.combinations(range(6), 3)]
+    assert sum(found) / len(found) == pytest.approx(exact, rel=1e-5)
 
 
 def test_losses_of_a_sample_estimate_those_of_the_batch():
@@ -314,3 +322,53 @@ def test_missing_and_mixed_references():
         choose(JestSelection(reference="folder"), learner, reference)
     with pytest.raises(UserError, match="cannot be cut"):
         JestSelection(scoring_patch_size=5).attach(pair_encoder(*tiny_pair("clip")))
+
+
+# Several processes
+
+PROGRAM = """
+import os, sys, torch
+sys.path.insert(0, {here!r})
+torch.distributed.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
+from modelwright.curation.jest.selection import JestSelection
+from modelwright.models.tiny_pairs import tiny_pair
+from modelwright.training.contrastive.encoded import Encoded
+from modelwright.training.contrastive.encoders import pair_encoder
+
+def encoder(seed):
+    model, tokenizer = tiny_pair("bert", seed=seed)
+    return pair_encoder(model, tokenizer, max_tokens=16).eval()
+
+learner = encoder(0)
+rows = torch.load({rows!r}, weights_only=False)
+mine = rows[int(sys.argv[1]) * 10 : int(sys.argv[1]) * 10 + 10]
+everyone = learner(learner.collator(rows))
+everyone = Encoded(*(None if x is None else x.detach() for x in everyone))
+selection = JestSelection(n_chunks=4)
+selection.attach(learner, encoder(1))
+parts = [learner.collator(mine[:6]), learner.collator(mine[6:])]
+chosen = selection.choose(lambda batches: everyone, parts, 6, 2, {{}})
+torch.save(chosen.indices, {out!r} + sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_choose_what_one_does(tmp_path):
+    import subprocess
+    import sys
+
+    everything = rows(20)
+    torch.save(everything, tmp_path / "rows")
+    program = PROGRAM.format(
+        here=str(tmp_path), store=tmp_path / "store", rows=str(tmp_path / "rows"), out=str(tmp_path / "chosen")
+    )
+    running = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in range(2)]
+    assert [process.wait(120) for process in running] == [0, 0]
+    found = [torch.load(tmp_path / f"chosen{rank}") for rank in range(2)]
+    learner = text_encoder(0)
+    selection = JestSelection(n_chunks=4)
+    selection.attach(learner, text_encoder(1))
+    batch = [learner.collator(everything)]
+    expected = selection.choose(lambda b: joined(learner, b), batch, 6, 2, {}).indices
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)

@@ -119,7 +119,6 @@ class JointSampler:
         generator: torch.Generator | None = None,
     ) -> Draw:
         """As :meth:`select`, and returns rounds and scores too."""
-        sides = list(self._sides(learner, reference))
         given = learner if learner is not None else reference
         if given is None:
             raise UserError("There is nothing to choose from: give the embeddings of the learner or of the reference.")
@@ -127,6 +126,18 @@ class JointSampler:
         size = self.batch_size(count) if size is None else size
         if size > count:
             raise UserError(f"{size} pairs cannot be chosen from a super-batch of {count}: lower the batch size.")
+        with torch.autocast(device.type, enabled=False):  # scores in half precision would be other scores
+            sides = list(self._sides(learner, reference))
+            return self._rounds(sides, size, count, device, generator)
+
+    def _rounds(
+        self,
+        sides: list[_SigmoidSums | _SoftmaxSums],
+        size: int,
+        count: int,
+        device: torch.device,
+        generator: torch.Generator | None,
+    ) -> Draw:
         taken = torch.zeros(count, dtype=torch.bool, device=device)
         chosen: list[Tensor] = []
         chunks: list[Tensor] = []

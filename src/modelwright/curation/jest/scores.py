@@ -85,7 +85,8 @@ def batch_loss(encoded: Encoded, rows: Tensor, size: int, form: Literal["sigmoid
         form: Which loss: SigLIP's, ``(1/b)`` times the sum over pairs, or CLIP's, the mean of both directions.
     """
     queries, keys = (side[rows].to(accumulated(side)) for side in (encoded.queries, encoded.keys))
-    logits = encoded.scale.to(queries.dtype) * (queries @ keys.T)
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = encoded.scale.to(queries.dtype) * (queries @ keys.T)
     more = (size - 1) / max(1, len(rows) - 1)
     if form == "sigmoid":
         assert encoded.bias is not None
