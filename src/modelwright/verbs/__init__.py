@@ -17,6 +17,7 @@ VERBS: dict[str, str] = {
     "train contrastive": "modelwright.verbs.train_contrastive:TrainContrastive",
     "convert": "modelwright.verbs.convert:Convert",
     "evaluate perplexity": "modelwright.verbs.perplexity:Perplexity",
+    "evaluate needles": "modelwright.verbs.needles:Needles",
     "evaluate retrieval": "modelwright.verbs.evaluate_retrieval:Retrieval",
     "generate": "modelwright.verbs.generate:Generate",
     "run": "modelwright.verbs.run:Run",
