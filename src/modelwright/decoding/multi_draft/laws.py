@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,8 @@ def as_law(value: Any, name: str = "probabilities") -> Tensor:
     Raises:
         UserError: A value is negative or not a number, or a row's sum is further than 0.001 from 1.
     """
-    law = torch.as_tensor(value).detach().to(torch.float64)
+    # Straight to float64: Python's numbers would be rounded to float32 first.
+    law = torch.as_tensor(value, dtype=torch.float64).detach()
     if law.ndim not in (1, 2) or law.shape[-1] == 0:
         raise UserError(f"{name} must have the shape (V,) or (K, V), not {tuple(law.shape)}.")
     low, sums = law.min().item(), law.sum(-1, keepdim=True)
@@ -102,28 +102,31 @@ def optimal_acceptance(p: Any, q: Any, num_drafts: int | None = None) -> float:
 
 def _optimum(laws: Sequence[Tensor], q: Tensor) -> float:
     if not identical(laws):
-        selection = SetSelection(laws, q)
-        return float(torch.minimum(selection.law, q).sum())
+        return float(torch.minimum(SetSelection(laws, q).law, q).sum())
     # Tokens that are never drafted raise q(S) and leave p(S) alone: they are in no minimal set.
     drafted = (laws[0] > 0).nonzero().flatten()
     p, q = laws[0][drafted], q[drafted]
-    order = _ascending(q / p)
-    below_p, below_q = p[order].cumsum(0), q[order].cumsum(0)
-    # The empty set gives 1. Rounding must not report more than that.
-    values = below_q + 1 - (below_p / below_p[-1]).pow(len(laws))
-    return min(1.0, float(values.min()))
+    return min(1.0, float(_prefix_values([p] * len(laws), q, _ascending(q / p)).min()))
 
 
-def ratio(q: Tensor, p: Tensor) -> Tensor:
-    """``q / p`` of each token: infinite where p is 0, which is no draft's token."""
-    return torch.where(p > 0, q / p, math.inf)
+def _prefix_values(laws: Sequence[Tensor], q: Tensor, order: Tensor) -> Tensor:
+    """``q(S) + 1 - prod_k p_k(S)`` for the first 1, 2 … tokens of an order; the empty set would give 1."""
+    product = torch.ones_like(q)
+    sums = laws[0][order].cumsum(0)
+    for k, law in enumerate(laws):
+        sums = sums if k == 0 or law is laws[0] else law[order].cumsum(0)
+        product = product * (sums / sums[-1])
+    return q[order].cumsum(0) + 1 - product
 
 
 class PrioritySelection:
-    """Of the drafted tokens, the one with the largest q/p: no linear program, any number of drafts.
+    """Of the drafted tokens, the first draft on the highest level: no linear program, any number of drafts.
 
-    With tokens in that order, ``p_I(o_i) = prod_k P_k(o_i or later) - prod_k P_k(later than o_i)``. Not of the paper.
-    Different drafts are ordered by q over the mean of their laws.
+    With levels from the order of q/p (those of different drafts: q over the mean of their laws),
+    ``p_I(o_i) = prod_k P_k(o_i or later) - prod_k P_k(later than o_i)``. Where the draft is nearly the target that
+    favours the likely tokens too much: so two coarser divisions are tried as well, one level for all (which is the
+    first draft alone) and two levels, divided where the optimum has its minimal set; the best is taken. Which is best
+    is seen from the laws alone, so the result stays exact. Not of the paper.
 
     Args:
         laws: K laws ``(V,)``, float64.
@@ -131,31 +134,56 @@ class PrioritySelection:
     """
 
     def __init__(self, laws: Sequence[Tensor], q: Tensor) -> None:
-        self.laws = laws
-        mean = laws[0] if identical(laws) else torch.stack(list(laws)).mean(0)
-        self.ratio = ratio(q, mean)
-        self.mean = mean
+        same = identical(laws)
+        mean = laws[0] if same else torch.stack(list(laws)).mean(0)
+        drafted = (mean > 0).nonzero().flatten()
+        own = [laws[0][drafted]] * len(laws) if same else [law[drafted] for law in laws]
+        target, fine = q[drafted], q[drafted] / mean[drafted]
+        order = _ascending(fine)
+        cut = int(_prefix_values(own, target, order).argmin())
+        divisions = [fine, (fine > fine[order[cut]]).to(q.dtype), torch.zeros_like(fine)]
+        found = [_level_law(own, levels, order) for levels in divisions]
+        best = max(range(3), key=lambda i: float(torch.minimum(target, found[i]).sum()))
+        self.levels = _scatter(divisions[best], drafted, q)
+        self.law = _scatter(found[best], drafted, q)
 
     def choose(self, tokens: Sequence[int]) -> dict[int, float]:
         """Returns the probability with which each drafted token is selected; those of 0 are left out."""
-        distinct = sorted(set(tokens))
-        return {distinct[int(self.ratio[distinct].argmax())]: 1.0}
+        return {tokens[int(self.levels[list(tokens)].argmax())]: 1.0}
 
     def law_at(self, token: int) -> float:
-        """``p_I`` of one token in O(V), without the sort."""
-        own = self.ratio[token]
-        later = self.ratio < own
-        # Of equal ratios the smaller index goes first, as in a stable sort.
-        later[token + 1 :] |= self.ratio[token + 1 :] == own
-        return float(_won([law[token] for law in self.laws], [law[later].sum() for law in self.laws]))
+        """``p_I`` of one token."""
+        return float(self.law[token])
 
-    @cached_property
-    def law(self) -> Tensor:
-        """``p_I``, ``(V,)``."""
-        drafted = (self.mean > 0).nonzero().flatten()
-        order = drafted[_ascending(-self.ratio[drafted])]
-        own = [law[order] for law in self.laws]
-        return _scatter(_won(own, [_after(law) for law in own]), order, self.mean)
+
+def _level_law(laws: Sequence[Tensor], levels: Tensor, order: Tensor) -> Tensor:
+    """Law of the first draft on the highest level: ``sum_k p_k prod_{j<k} P_j(below) prod_{j>k} P_j(not above)``.
+
+    Args:
+        laws: K laws ``(n,)``.
+        levels: Level of each token, ``(n,)``.
+        order: Sorts ``levels`` in ascending order.
+    """
+    _, block, sizes = levels[order].unique_consecutive(return_inverse=True, return_counts=True)
+    ends = sizes.cumsum(0) - 1
+    below: list[Tensor] = []
+    within: list[Tensor] = []
+    for k, law in enumerate(laws):
+        if k and law is laws[0]:
+            below.append(below[0])
+            within.append(within[0])
+            continue
+        sums = law[order].cumsum(0)[ends]
+        below.append(torch.cat([sums.new_zeros(1), sums[:-1]])[block])
+        within.append(sums[block])
+    total = torch.zeros_like(laws[0])
+    for k, law in enumerate(laws):
+        term = law[order]
+        for j in range(len(laws)):
+            if j != k:
+                term = term * (below[j] if j < k else within[j])
+        total = total + term
+    return torch.empty_like(total).index_copy_(0, order, total)
 
 
 def _ascending(values: Tensor) -> Tensor:
@@ -199,18 +227,22 @@ class TwoDrafts:
     Attributes:
         rank: Position of each token in the order of priority, ``(V,)``; of a pair that the program does not decide,
             the first in the order wins.
-        weights: Probability that the first-ranked token i wins over j, for pairs of the first ``s``, ``(s, s)``.
+        weights: Probability that the token ranked i wins over the one ranked j, for the first ``s``, ``(s, s)``.
         law: ``p_I``, ``(V,)``.
+        only: Where one draft alone does better than this order: which, 0 or 1.
     """
 
     rank: Tensor
     weights: np.ndarray
     law: Tensor
+    only: int | None = None
 
     def wins(self, a: int, b: int) -> float:
         """Probability that ``a`` is selected of the two."""
         if a == b:
             return 1.0
+        if self.only is not None:
+            return 1.0 - self.only
         i, j = int(self.rank[a]), int(self.rank[b])
         if max(i, j) < len(self.weights):
             return float(self.weights[i, j])
@@ -226,6 +258,9 @@ def two_drafts(
     (``order="ratio"``, not of the paper), those of the alphabet first. Pairs of the first ``lp_size`` tokens are
     variables; of every other pair the first in the order wins. The paper does not say how tokens outside the alphabet
     are treated; here they follow in the same order, which needs no rule of its own.
+
+    An order favours likely tokens, too much so where the draft is nearly the target: for p = q it would keep less than
+    a single draft does. So where one of the two drafts alone has the larger overlap with q, it is selected. (Ours.)
 
     Args:
         u: Law of the first draft, ``(V,)`` float64.
@@ -259,6 +294,10 @@ def two_drafts(
         if solved is not None:
             weights, head_law = solved
             law[:head] = torch.from_numpy(head_law).to(law.device)
+    overlaps = [float(torch.minimum(alone, q).sum()) for alone in (u, v)]
+    if max(overlaps) > float(torch.minimum(law, target).sum()):
+        only = overlaps.index(max(overlaps))
+        return TwoDrafts(rank, weights, (u, v)[only], only)
     return TwoDrafts(rank, weights, _scatter(law, tokens, q))
 
 

@@ -33,7 +33,7 @@ NOTHING = 1e-12
 VERIFIERS: dict[str, str] = {
     "is": "importance-weighted selection by truncated linear programs, then speculative sampling (the paper's)",
     "optimal": "the same with the whole linear program; for small vocabularies or top-k",
-    "priority": "the drafted token of the largest q/p, then speculative sampling: no program, any K",
+    "priority": "the drafted token of the largest q/p, then speculative sampling: no linear program, any K",
     "spectr": "SpecTr's K-SEQ",
     "specinfer": "SpecInfer's recursive rejection",
     "single": "ordinary speculative sampling with the first draft only",
