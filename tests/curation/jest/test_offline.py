@@ -233,6 +233,30 @@ def test_the_pool_is_written_in_order_with_scores(tmp_path, texts):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["chosen.parquet", "pool.jsonl"]
 
 
+def test_pairs_of_several_sources_keep_their_texts_and_scores(tmp_path):
+    for name, shift in (("a", 0), ("b", 100)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"question": f"q {shift + i}", "answer": f"a {shift + i}"}) for i in range(30)]
+        (tmp_path / name / "pool.jsonl").write_text("\n".join(lines))
+    pairs = read_pairs([tmp_path / "a", tmp_path / "b"])
+    order = np.random.default_rng(0).permutation(60)
+    pairs = pairs.select(order)
+    sampler = JointSampler(n_chunks=2, criterion="hard")
+    select_offline(pairs, tmp_path / "chosen.parquet", sampler, learner=encoder(), super_batch=60)
+    out = embed_pool(encoder(), pairs)
+    losses = {pairs[i]["key"]: -20.0 * float(out.queries[i] @ out.keys[i]) for i in range(60)}
+    rows = parquet.read_table(tmp_path / "chosen.parquet").to_pylist()
+    assert {row["question"][2] == "1" and len(row["question"]) == 5 for row in rows} == {True, False}
+    for row in rows:
+        assert row["question"].split()[1] == row["answer"].split()[1]
+        assert row["jest_learner_loss"] == pytest.approx(losses[row["answer"]], abs=1e-4)
+    cached = cache_reference_embeddings(pairs, encoder(), output=tmp_path / "cached.parquet")
+    assert [cached[i]["key"] for i in range(60)] == [pairs[i]["key"] for i in range(60)]
+    in_memory = cache_reference_embeddings(pairs, encoder())
+    np.testing.assert_allclose(in_memory.column("ref_key_embeds"), out.keys, atol=1e-6)
+    np.testing.assert_allclose(cached.column("ref_key_embeds"), out.keys, atol=1e-6)
+
+
 def test_a_good_reference_finds_the_clean_pairs(tmp_path):
     # Clean pairs have the same vector on both sides, in the reference's eyes; the others have unrelated ones.
     draw = np.random.default_rng(0)
