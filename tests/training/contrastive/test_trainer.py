@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 
 import datasets
 import numpy as np
@@ -355,17 +356,21 @@ def test_undisturbed_restores_modes_buffers_and_random_states():
     module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5))
     module[0].eval()
     module[1].train()
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     with undisturbed(module):
         assert not module[1].training
         module[0].running_mean += 1
         module[0].train()
         torch.rand(2)
         np.random.rand(2)
+        random.random()
     assert (module[0].training, module[1].training) == (False, True)
     assert module[0].running_mean.tolist() == [0, 0, 0]
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1])
+    drawn, drawn_too = np.random.rand(), random.random()
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+    assert (drawn, drawn_too) == (np.random.rand(), random.random())
 
 
 def test_diverged(tmp_path):
