@@ -77,7 +77,8 @@ class Setting:
     batch: int = 128
     steps: int = 600
     evaluate_every: int = 20
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+    # On the tuning seed 5e-4 was tried too, and was nobody's best.
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     mismatched: Mapping[str, float] = field(default_factory=lambda: {"noisy": 0.6, "plain": 0.15})
     trivial: Mapping[str, float] = field(default_factory=lambda: {"noisy": 0.0, "plain": 0.7})
 
