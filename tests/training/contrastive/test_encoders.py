@@ -245,10 +245,12 @@ def test_token_types_reach_the_model(saved):
     roberta(more)  # what a model does not know is left out
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet", "qwen2"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "qwen2", "gpt2"])
 def test_a_saved_text_encoder_is_a_sentence_transformer(family, tmp_path):
+    """GPT-2 counts positions from the left, and its tokenizer pads there: the saved one must not."""
     library = pytest.importorskip("sentence_transformers")
-    encoder = pair_encoder(*tiny_pair(family), max_tokens=20)
+    model, processor = (tiny_model("gpt2"), byte_tokenizer()) if family == "gpt2" else tiny_pair(family)
+    encoder = pair_encoder(model, processor, max_tokens=20)
     encoder.logit_scale.data.fill_(math.log(33))
     encoder.save(tmp_path / "m")
     loaded = library.SentenceTransformer(str(tmp_path / "m"), device="cpu")
@@ -329,6 +331,9 @@ def test_half_precision_weights_are_trained_in_float32(family, tmp_path):
     found = half(batch)
     assert {t.dtype for t in found if t is not None} == {torch.float32}
     assert torch.allclose(found.keys.norm(dim=1), torch.ones(4), atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(encoder.collator(rows))
+    assert {t.dtype for t in found if t is not None} == {torch.float32}
     double = pair_encoder(tiny_pair(family).model.double(), processor)
     batch = double.collator(rows)
     if family == "clip":
@@ -461,6 +466,16 @@ def test_sentence_transformers_that_cannot_be_trained(tmp_path, file, content, m
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         load_pair_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"objective": "hinge"}', '{"max_tokens": "many"}', '{"logit_scale": null, "fixed_scale": -1}']
+)
+def test_a_broken_state_file(tmp_path, text):
+    pair_encoder(*tiny_pair("bert")).save(tmp_path)
+    (tmp_path / "contrastive.json").write_text(text)
+    with pytest.raises(UserError, match="contrastive.json"):
+        load_pair_encoder(tmp_path, device="cpu")
 
 
 def test_rows_of_the_wrong_kind():

@@ -492,6 +492,11 @@ def test_a_fault_deep_in_a_large_file_is_found_at_once_and_named(tmp_path):
 def test_numbers_of_negatives(tmp_path):
     pairs = read_pairs(write_jsonl(tmp_path / "a.jsonl", text_rows()))
     assert pairs[2]["negatives"] == ["no 2", "nor"]
+    many = [*text_rows(5_000), {**text_rows(1)[0], "negatives": ["one"]}]  # beyond the rows that are looked at together
+    with pytest.raises(UserError, match=r"many.jsonl:5001 has 1 hard negative\(s\) where the first pair has 2"):
+        read_pairs(write_jsonl(tmp_path / "many.jsonl", [*many, *text_rows(4_999)]))
+    many[-1:] = [{**row, "negatives": ["one"]} for row in text_rows(4_096)]
+    assert len(read_pairs(write_jsonl(tmp_path / "many.jsonl", many), bad_texts="keep").check_texts()) == 4_096
     single = [{"query": "q", "positive": "p", "negative": "n"}]
     assert read_pairs(write_jsonl(tmp_path / "b.jsonl", single))[0]["negatives"] == ["n"]
 

@@ -67,6 +67,17 @@ def test_equals_it_in_both_directions_at_another_scale(model):
     assert_same(ours, loss_and_gradients(losses.MultipleNegativesRankingLoss(model, scale=50.0, **both), COLUMNS[:3]))
 
 
+def test_a_share_of_the_loss_has_that_share_of_the_gradient(model):
+    """As under gradient accumulation, or a gradient scaler."""
+    model.eval()
+    loss = InfCLSentenceLoss(model, mini_batch_size=3)
+    _, whole = loss_and_gradients(loss, COLUMNS[:3])
+    model.zero_grad()
+    (loss(features(model, COLUMNS[:3]), None) / 4).backward()
+    for name, gradient in whole.items():
+        assert torch.allclose(model.get_parameter(name).grad * 4, gradient, rtol=1e-12), name
+
+
 def test_dropout_is_the_same_in_both_passes(model):
     """Against the library's cached class, with the same mini-batches and thus the same random numbers."""
     model.train()

@@ -64,10 +64,7 @@ class PairCollator:
         return batch
 
     def _images(self, images: list[Any]) -> dict[str, Tensor]:
-        # Said, not guessed: an image one or three pixels high would be read as one whose channels come first.
-        found = self.image_processor(
-            [to_rgb(i) for i in images], return_tensors="pt", input_data_format="channels_last"
-        )
+        found = self.image_processor([to_rgb(image) for image in images], return_tensors="pt")
         return dict(found)
 
     def _texts(self, texts: list[Any]) -> dict[str, Tensor]:

@@ -287,9 +287,7 @@ def load_pair_encoder(
         if _is_image_text(model)
         else load_tokenizer(source, trust_remote_code=trust_remote_code)
     )
-    state = read_json(folder / STATE_FILE) if (folder / STATE_FILE).is_file() else {}
-    if not isinstance(state, dict):
-        raise UserError(f"{folder / STATE_FILE} holds no JSON object.")
+    state = _read_state(folder / STATE_FILE)
     return _build(
         model, processor, state, sentence, objective=objective, pooling=pooling, max_tokens=max_tokens, scale=scale
     ).eval()
@@ -377,6 +375,17 @@ def _build(
         state=state,
         settings=sentence.settings if sentence else {},
     )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_json(path) if path.is_file() else {}
+    valid = isinstance(state, dict) and state.get("objective", "softmax") in ("softmax", "sigmoid")
+    for name in ("max_tokens", "fixed_scale", "logit_scale", "logit_bias"):
+        value = state.get(name, 1) if valid else None
+        valid = valid and isinstance(value, int | float) and math.isfinite(value)
+    if not valid or state.get("fixed_scale", 1) <= 0 or state.get("max_tokens", 2) < 2:
+        raise UserError(f"{path} is not what was written beside a model here: remove it to begin anew.")
+    return state
 
 
 def _is_image_text(model: Any) -> bool:
