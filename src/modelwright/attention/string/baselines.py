@@ -202,7 +202,7 @@ def apply_positions(model: PreTrainedModel, branches: Sequence[Branch]) -> Itera
 
 
 @contextlib.contextmanager
-def rescaled(model: PreTrainedModel, kind: str, factor: float) -> Iterator[None]:
+def rescaled(model: PreTrainedModel, kind: str, factor: float, *, trained: int | None = None) -> Iterator[None]:
     """Gives a model other frequencies inside the block: ``ntk`` or ``yarn``; a cache may not be carried across.
 
     Args:
@@ -210,6 +210,7 @@ def rescaled(model: PreTrainedModel, kind: str, factor: float) -> Iterator[None]
         kind: ``ntk``: the base is multiplied by factor ** (d / (d - 2)), d being the rotated size; ``yarn``: as
             transformers has it, its temperature included.
         factor: Above 1: by how much positions are compressed.
+        trained: For YaRN, the length that was trained; ``max_position_embeddings`` by default.
 
     Raises:
         UserError: The kind is unknown, or the model has another kind of rotary embedding.
@@ -227,7 +228,7 @@ def rescaled(model: PreTrainedModel, kind: str, factor: float) -> Iterator[None]
         theta = parameters["rope_theta"] * factor ** (size / (size - 2))
         own.rope_parameters = {**parameters, "rope_theta": theta}
     elif kind == "yarn":
-        original = {"original_max_position_embeddings": config.max_position_embeddings}
+        original = {"original_max_position_embeddings": trained or config.max_position_embeddings}
         own.rope_parameters = {**parameters, "rope_type": "yarn", "factor": factor, **original}
     else:
         raise UserError(f"There is no rescaling '{kind}': use ntk or yarn.")

@@ -38,10 +38,10 @@ def rotate(
     cos, sin = cos.to(wide), sin.to(wide)
     if interleaved:
         first, second = part[..., 0::2], part[..., 1::2]
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     else:
         first, second = part.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    halves = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
+    turned = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
     turned = turned.to(x.dtype)
     if size == x.shape[-1]:
         return turned

@@ -64,7 +64,7 @@ def two_pass_attention(
     far_out, far_lse = _causal(
         to_far(query[:, :, far_row:]), key[:, :, : keys - shift], value[:, :, : keys - shift], scaling
     )
-    _merge(out[:, :, far_row:], lse[:, :, far_row:], far_out, far_lse)
+    _merge(out[:, :, far_row:], lse[:, :, far_row:], far_out, far_lse, last=True)
     return out
 
 
@@ -158,8 +158,10 @@ def _fused(
     return out.transpose(1, 2), lse
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
-    """Merges attention over further keys into ``out`` (batch, heads, rows, size) and ``lse``, in place."""
+def _merge(
+    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor, *, last: bool = False
+) -> None:
+    """Merges attention over further keys into ``out`` (batch, heads, rows, size), and ``lse`` unless ``last``."""
     share = torch.sigmoid(more_lse - lse)[..., None]
     if out.dtype == share.dtype:
         out.lerp_(more.to(share.dtype), share)
@@ -168,4 +170,5 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: t
             rows = slice(begin, begin + MERGED_ROWS)
             old = out[:, :, rows].to(share.dtype)
             out[:, :, rows] = old.lerp_(more[:, :, rows].to(share.dtype), share[:, :, rows]).to(out.dtype)
-    lse.copy_(torch.logaddexp(lse, more_lse))
+    if not last:
+        lse.copy_(torch.logaddexp(lse, more_lse))
