@@ -43,7 +43,9 @@ class SelectJest:
     n_chunks: Annotated[int, Arg("Rounds of the joint draw; 1 chooses pairs independently.")] = 16
     criterion: Annotated[
         Literal["learnability", "hard", "easy_reference", "uniform"],
-        Arg("learnability: the learner's loss minus the reference's; hard: the learner's alone; …"),
+        Arg(
+            "learnability: the learner's loss minus the reference's; hard: the learner's; easy_reference: minus the reference's alone."
+        ),
     ] = "learnability"
     form: Annotated[
         Literal["auto", "sigmoid", "softmax"],
