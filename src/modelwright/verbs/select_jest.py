@@ -44,7 +44,7 @@ class SelectJest:
     criterion: Annotated[
         Literal["learnability", "hard", "easy_reference", "uniform"],
         Arg(
-            "learnability: the learner's loss minus the reference's; hard: the learner's; easy_reference: minus the reference's alone."
+            "What counts: the learner's loss minus the reference's (learnability), either alone, or nothing (uniform)."
         ),
     ] = "learnability"
     form: Annotated[
