@@ -226,6 +226,12 @@ def test_base_is_where_paths_of_images_start(folder, tmp_path):
     assert read_pairs(absolute)[0]["query"].getpixel((0, 0)) == COLOURS[2]
 
 
+def test_names_that_look_like_patterns(tmp_path):
+    path = write_jsonl(tmp_path / "run[1]*" / "a?.jsonl", text_rows())
+    assert len(read_pairs(path)) == 4
+    assert len(read_pairs(path.parent)) == 4
+
+
 def test_field_of_an_object(tmp_path):
     pairs = read_pairs(write_tar(tmp_path / "a.tar"), key_field="json.caption")
     assert [p["key"] for p in pairs] == [c.upper() for c in CAPTIONS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -155,8 +156,6 @@ def _resolve(source: str) -> list[Source]:
         if tars := sorted(p for p in path.rglob("*.tar") if p.is_file()):
             return [Source(str(p), "file", p) for p in tars]
     elif source.lower().endswith(".tar") and any(c in source for c in "*?["):
-        import glob
-
         if matches := sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207
             return [Source(m, "file", Path(m)) for m in matches]
     found = resolve([source])
@@ -333,7 +332,11 @@ def _load(files: tuple[Path, ...], form: str, name: str, asked: tuple[str | None
     try:
         with _quiet():
             return datasets.load_dataset(
-                _BUILDERS[form], data_files=[str(f.resolve()) for f in files], split="train", **options
+                # The names are patterns to the library.
+                _BUILDERS[form],
+                data_files=[glob.escape(str(f.resolve())) for f in files],
+                split="train",
+                **options,
             )
     except Exception as error:
         rows = 0
