@@ -155,9 +155,8 @@ def _resolve(source: str) -> list[Source]:
             return [Source(source, "file", path / "state.json")]
         if tars := sorted(p for p in path.rglob("*.tar") if p.is_file()):
             return [Source(str(p), "file", p) for p in tars]
-    elif source.lower().endswith(".tar") and any(c in source for c in "*?["):
-        if matches := sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207
-            return [Source(m, "file", Path(m)) for m in matches]
+    elif source.lower().endswith(".tar") and (matches := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207
+        return [Source(m, "file", Path(m)) for m in matches]
     found = resolve([source])
     for one in found:
         if one.kind == "stdin":
