@@ -391,8 +391,8 @@ def _summary(trainer: ContrastiveTrainer, log: list[dict[str, float]]) -> dict[s
         "train_seconds": seconds,
         "pairs_per_second": round(pairs / seconds, 1) if seconds else 0.0,
         "final_loss": last["loss"],
-        "scale": last["scale"],
-        **({"bias": last["bias"]} if "bias" in last else {}),
+        "scale": trainer.encoder.scale().item(),
+        **({"bias": bias.item()} if (bias := trainer.encoder.bias()) is not None else {}),
         **{k: v for k, v in evaluated.items() if k.startswith("eval_")},
     }
 
