@@ -289,7 +289,8 @@ CLAIM = Claim(
     ),
     run=run,
     notes="All variants but the two controls are one trained model, tested on the same sequences. Positions of the "
-    "baselines are held to 2L/3, as in the paper. Sizes and rate were set on a seed that is not among the "
-    "claim's; there, the control's far end still lagged its near end after so few steps, and STRING still helped it: its "
-    "bar was left as it was. Not shown: an advantage over NTK rescaling, which helps as much at this size; the use of the window, whose purpose is fluent text; RULER and InfiniteBench; large models.",
+    "baselines are held to 2L/3, as in the paper. Sizes, rate and the control's lengths were set on a seed that is not "
+    "among the claim's; there the control's far end still lagged its near end after so few steps, and STRING still "
+    "helped it: its bar was left as it was. Not shown: an advantage over NTK rescaling, which helps as much at this "
+    "size; the use of the window, whose purpose is fluent text; RULER and InfiniteBench; large models.",
 )
