@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
+from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from modelwright.errors import UserError
 
@@ -28,7 +28,8 @@ def check_cache(cache: Any, model: PreTrainedModel) -> None:
         UserError: It is static, quantized, sliding, a recurrent state, or none at all.
     """
     name = type(model).__name__
-    if cache is None or not hasattr(cache, "layers"):
+    layers = getattr(cache, "layers", None)
+    if layers is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise UserError(
             f"{name} gives no key/value cache of tokens (use_cache is off, or its state is recurrent): rejected drafts "
             "could not be taken back, so multi-draft decoding does not work with it."

@@ -287,7 +287,7 @@ class _Call:
         self.stats.blocks += 1
         for depth in range(self.decoding.draft_length + 1):
             logits = scored.logits(b, *path).to(self.device)
-            scores = self.shaper([row.ids], logits[None])
+            scores = self.shaper([row], [row.ids], logits[None])
             alive = [k for k in alive if len(drafts[k].tokens) > depth]
             token = self._choose(scores[0], [drafts[k] for k in alive], depth, row.generator)
             tested = bool(alive)

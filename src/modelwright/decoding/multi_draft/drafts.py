@@ -195,6 +195,7 @@ class _AssistantProposer:
         self.forward, self.options, self.vocabulary = Forward(model), options, vocabulary
         self.shaper, self.greedy = shaper, greedy
         self.limit = context_length(model)
+        self.table = model.get_input_embeddings().weight.shape[0]
         self.device = model.device
         self.rows: list[Row] = []
         self.kept: Kept | None = None
@@ -204,14 +205,14 @@ class _AssistantProposer:
         return self.forward.calls
 
     def propose(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[Draft]]:
-        length = max(lengths)
         if self.limit is not None:
             # Beyond its positions the assistant has nothing to say; the target goes on alone.
-            length = min(length, self.limit - max(row.length - row.padding for row in rows) + 1)
-        if length < 1:
+            room = [self.limit - (row.length - row.padding) + 1 for row in rows]
+            lengths = [max(0, min(pair)) if min(room) > 0 else 0 for pair in zip(lengths, room, strict=True)]
+        if max(lengths) < 1:
             return [[] for _ in rows]
         logits = self._catch_up(rows)
-        tokens, laws = self._sample(rows, logits, length)
+        tokens, laws = self._sample(rows, logits, lengths)
         count = self.options.num_drafts
         return [
             [
@@ -231,6 +232,7 @@ class _AssistantProposer:
             if any(self.kept.cache.is_sliding):
                 # Windows would have to be rolled back; with every key kept, the model's own mask still applies them.
                 self.kept.cache = DynamicCache()
+            check_cache(self.kept.cache, self.forward.model)
         else:
             at = {id(row): i for i, row in enumerate(self.rows)}
             self.kept.select([at[id(row)] for row in rows])
@@ -245,12 +247,13 @@ class _AssistantProposer:
             ids[b, count - len(part) :] = part.to(self.device)
             there[b, count - len(part) :] = 1
             positions[b, count - len(part) :] = torch.arange(kept.held[b], kept.held[b] + len(part))
-        logits = self.forward(ids, kept.mask(there), positions, kept.cache, last=True)[:, -1]
-        check_cache(kept.cache, self.forward.model)
+        logits = self.forward(self._known(ids), kept.mask(there), positions, kept.cache, last=True)[:, -1]
         kept.commit(range(len(rows)), [range(count - len(p), count) for p in pending], count)
         return logits
 
-    def _sample(self, rows: Sequence[Row], logits: Tensor, length: int) -> tuple[list[list[int]], list[list[Tensor]]]:
+    def _sample(
+        self, rows: Sequence[Row], logits: Tensor, lengths: Sequence[int]
+    ) -> tuple[list[list[int]], list[list[Tensor]]]:
         """Returns tokens and laws of all drafts, sequence by sequence; the cache is as before afterwards."""
         kept, count = self.kept, self.options.num_drafts
         assert kept is not None
@@ -260,20 +263,26 @@ class _AssistantProposer:
         before = [(layer, layer.keys, layer.values) for layer in kept.cache.layers]
         held = torch.tensor(kept.held, device=self.device).repeat_interleave(count)
         mask = kept.mask(torch.zeros(len(rows), 0, dtype=torch.long, device=self.device)).repeat_interleave(count, 0)
-        self._extend(rows, tokens, laws, logits, [b for b in range(len(rows)) for _ in range(count)])
-        for depth in range(1, length):
+        self._extend(rows, tokens, laws, logits, [b for b in range(len(rows)) for _ in range(count)], lengths)
+        for depth in range(1, max(lengths)):
             if depth == 1 and count > 1:
                 kept.cache.batch_repeat_interleave(count)
             mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], 1)
-            new = torch.tensor([[draft[-1]] for draft in tokens], device=self.device)
+            new = self._known(torch.tensor([[draft[-1]] for draft in tokens], device=self.device))
             logits = self.forward(new, mask, (held + depth - 1)[:, None], kept.cache, last=True)[:, -1]
-            self._extend(rows, tokens, laws, logits, list(range(len(tokens))))
+            self._extend(rows, tokens, laws, logits, list(range(len(tokens))), lengths)
         for layer, keys, values in before:
             layer.keys, layer.values = keys, values
         return tokens, laws
 
     def _extend(
-        self, rows: Sequence[Row], tokens: list[list[int]], laws: list[list[Tensor]], logits: Tensor, source: list[int]
+        self,
+        rows: Sequence[Row],
+        tokens: list[list[int]],
+        laws: list[list[Tensor]],
+        logits: Tensor,
+        source: list[int],
+        lengths: Sequence[int],
     ) -> None:
         """Adds a token to each draft; ``source`` is its row of the logits."""
         count = self.options.num_drafts
@@ -284,7 +293,7 @@ class _AssistantProposer:
             torch.cat([row.ids, torch.tensor(path, dtype=torch.long, device=row.buffer.device)])
             for row, path in zip(owners, paths, strict=True)
         ]
-        scores = self.shaper(prefixes, self._fit(logits.to(rows[0].buffer.device)))
+        scores = self.shaper(owners, prefixes, self._fit(logits.to(rows[0].buffer.device)))
         if self.greedy:
             best = scores.topk(count if first else 1, -1).indices.tolist()
             for draft, row in enumerate(source):
@@ -298,7 +307,13 @@ class _AssistantProposer:
             law = same.setdefault((draft // count, *tokens[draft]), table[row])
             laws[draft].append(law)
         for draft in range(len(tokens)):
-            tokens[draft].append(draw(laws[draft][-1], rows[draft // count].generator))
+            # A sequence's random numbers must not depend on how far others want to look: no draw without need.
+            needed = len(tokens[draft]) < lengths[draft // count]
+            tokens[draft].append(draw(laws[draft][-1], rows[draft // count].generator) if needed else 0)
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Replaces tokens that only the target has; what is drafted after them may be poor."""
+        return torch.where(ids < self.table, ids, 0)
 
     def _fit(self, logits: Tensor) -> Tensor:
         missing = self.vocabulary - logits.shape[-1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,10 +93,11 @@ class Shaper:
                 self.processors.append(processor)
         self.scores_only = all(type(p) in _SCORES_ONLY for p in self.processors)
 
-    def __call__(self, prefixes: Sequence[Tensor], logits: Tensor) -> Tensor:
+    def __call__(self, owners: Sequence[Row], prefixes: Sequence[Tensor], logits: Tensor) -> Tensor:
         """Returns scores, ``(rows, V)`` float32.
 
         Args:
+            owners: The sequence that each row belongs to.
             prefixes: Tokens before each row, with padding, ``(length,)`` each.
             logits: ``(rows, V)``.
         """
@@ -106,12 +109,23 @@ class Shaper:
         by_length: dict[int, list[int]] = {}
         for row, prefix in enumerate(prefixes):
             by_length.setdefault(len(prefix), []).append(row)
-        if len(by_length) == 1:
-            return self.processors(torch.stack(list(prefixes)), scores)
         for group in by_length.values():
             ids = torch.stack([prefixes[row] for row in group])
-            scores[group] = self.processors(ids, scores[group])
+            processors = LogitsProcessorList(
+                _for_rows(p, [owners[row].index for row in group]) for p in self.processors
+            )
+            scores[group] = processors(ids, scores[group])
         return scores
+
+
+def _for_rows(processor: Any, rows: list[int]) -> Any:
+    """Returns a processor that holds the padding of each sequence of the batch, as one for some of its rows."""
+    padding = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(padding, Tensor):
+        return processor
+    twin = copy.copy(processor)
+    twin.prompt_ignore_length = padding[rows]
+    return twin
 
 
 def as_probabilities(scores: Tensor, temperature: float = 1.0) -> Tensor:
