@@ -301,6 +301,8 @@ def _gathered(rows: Tensor) -> Tensor:
 
 def _same_everywhere(indices: Tensor) -> Tensor:
     """The first process's choice: where devices differ, so may rounding, and one row would be enough to part ways."""
-    if _processes() > 1:
-        torch.distributed.broadcast(indices, 0)
-    return indices
+    if _processes() == 1:
+        return indices
+    shared = indices.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")  # nccl knows no other place
+    torch.distributed.broadcast(shared, 0)
+    return shared.to(indices.device)
