@@ -5,6 +5,7 @@ import pytest
 
 from modelwright.errors import UserError
 from modelwright.report import sections
+from modelwright.report.render import Page
 from modelwright.report.runs import Run, Step
 from modelwright.report.spec import Curves
 
@@ -72,3 +73,15 @@ def test_retrieval_over_pairs_skips_the_rows_between_evaluations(tmp_path, palet
         drawn = sections.curve_figures(run, spec, palette, "curve")
         assert "ends at 0.410" in drawn["panels"][0]["figure"]
         assert "R@1" in drawn["panels"][0]["figure"]
+
+
+def test_what_was_done_once_counts_once(tmp_path):
+    """Equal steps share a folder; steps without one stand for themselves."""
+    places = [tmp_path / "a", tmp_path / "a", tmp_path / "b", tmp_path, tmp_path]
+    steps = tuple(Step(str(i), "train", "train", {}, {}, {}, 10.0, False, place) for i, place in enumerate(places))
+    run = Run(tmp_path, {}, steps, 0)
+    assert [s.id for s in run.once(run.steps)] == ["0", "2", "3", "4"]
+    page = Page(title="t")
+    sections.add_tiles(page, run)
+    assert page.tiles == [("4", "models trained"), ("40 s", "of work in all steps")]
+    assert "40 s in 4 runs" in sections.making(run)["times"]

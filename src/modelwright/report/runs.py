@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,10 @@ class Run:
     def named(self, step: str) -> list[Step]:
         """Returns the steps of a name, in the order of the run."""
         return [s for s in self.steps if s.name == step]
+
+    def once(self, steps: Sequence[Step]) -> list[Step]:
+        """Returns the steps without those whose equal was done for them: one of each folder."""
+        return list({s.folder if s.folder != self.folder else s.id: s for s in reversed(steps)}.values())[::-1]
 
 
 def load_run(folder: Path) -> Run:

@@ -181,8 +181,9 @@ def _tiles(table: Table) -> list[tuple[str, str]]:
 
 def add_tiles(page: Page, run: Run) -> None:
     """Adds how many steps were run and how long they took."""
-    spent = sum(s.seconds for s in run.steps)
-    trained = sum(s.verb.startswith("train") for s in run.steps)
+    done = run.once(run.steps)
+    spent = sum(s.seconds for s in done)
+    trained = sum(s.verb.startswith("train") for s in done)
     page.tiles.append((str(trained or len(run.steps)), "models trained" if trained else "steps"))
     page.tiles.append((minutes(spent), "of work in all steps"))
 
@@ -407,10 +408,10 @@ def _plain(value: Any) -> str:
 def making(run: Run) -> dict[str, Any]:
     """Returns recipe, time per step, versions and machine."""
     names = list(dict.fromkeys(s.name for s in run.steps))
-    spent = [sum(s.seconds for s in run.named(n)) for n in names]
+    spent = [sum(s.seconds for s in run.once(run.named(n))) for n in names]
     notes = []
     for name, seconds in zip(names, spent):
-        steps = run.named(name)
+        steps = run.once(run.named(name))
         cached = sum(s.cached for s in steps)
         note = minutes(seconds) + (f" in {len(steps)} runs" if len(steps) > 1 else "")
         kept = "" if cached == len(steps) else f"{cached} of them "

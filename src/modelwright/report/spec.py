@@ -96,7 +96,7 @@ class Gallery(_Block):
     target: Names = Field([], description="The kinds that are wanted.")
     rank: str = Field("rank", description="Column of the order in which pairs were chosen.")
     score: str = Field("score", description="Column of the scores.")
-    pictures: int = Field(8, ge=1, le=50, description="Pictures shown of each.")
+    pictures: int = Field(7, ge=1, le=50, description="Pictures shown of each.")
 
 
 class ReportSpec(_Block):
