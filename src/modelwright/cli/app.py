@@ -25,6 +25,7 @@ _PLAIN: dict[str, str] = {
 _GROUPS = {
     "select": "Choose training data from a pool: one subcommand per method.",
     "evaluate": "Measure a model.",
+    "speculate": "Speed up sampling with draft models.",
 }
 
 

@@ -20,6 +20,7 @@ VERBS: dict[str, str] = {
     "evaluate needles": "modelwright.verbs.needles:Needles",
     "evaluate retrieval": "modelwright.verbs.evaluate_retrieval:Retrieval",
     "generate": "modelwright.verbs.generate:Generate",
+    "speculate analyse": "modelwright.verbs.speculate_analyse:SpeculateAnalyse",
     "run": "modelwright.verbs.run:Run",
     "report": "modelwright.verbs.report:Report",
     "verify": "modelwright.verbs.verify:Verify",

@@ -9,6 +9,7 @@ import torch
 
 from decoding.multi_draft.law_cases import cases, random_law
 from modelwright.decoding.multi_draft import acceptance_probability, optimal_acceptance, selection_distribution
+from modelwright.decoding.multi_draft.balanced import BalancedSelection
 from modelwright.decoding.multi_draft.laws import (
     FoldSelection,
     PrioritySelection,
@@ -77,9 +78,16 @@ def test_the_optimum_bounds_every_verifier_and_specinfer_is_above_one_draft():
     for laws, q in cases(60, largest=9, drafts=4):
         p = torch.stack(laws)
         best = optimal_acceptance(p, q)
-        values = {m: acceptance_probability(p, q, None, m) for m in ("single", "specinfer", "spectr", "priority", "is")}
+        values = {
+            m: acceptance_probability(p, q, None, m)
+            for m in ("single", "specinfer", "spectr", "priority", "is", "balanced")
+        }
         assert max(values.values()) <= best + 1e-9
         assert values["single"] <= values["specinfer"] + 1e-12
+
+
+def balanced(laws, q):
+    return BalancedSelection(laws[0], q, len(laws))
 
 
 def induced(selection, laws):
@@ -101,6 +109,7 @@ def induced(selection, laws):
     [
         PrioritySelection,
         SetSelection,
+        balanced,
         lambda laws, q: FoldSelection(laws, q, lp_size=0),
         lambda laws, q: FoldSelection(laws, q, lp_size=3, alphabet_size=4),
         lambda laws, q: FoldSelection(laws, q, lp_size=9, alphabet_size=None, order="ratio"),
@@ -108,6 +117,8 @@ def induced(selection, laws):
 )
 def test_a_selection_knows_its_law(make):
     for laws, q in cases(40, largest=5):
+        if make is balanced:
+            laws = laws[:1] * len(laws)
         selection = make(laws, q)
         assert float(selection.law.sum()) == pytest.approx(1, abs=1e-12)
         assert (selection.law >= 0).all()
@@ -130,7 +141,12 @@ def test_no_selection_is_worse_than_a_single_draft():
         near = random_law(30, rng, zeros=0)
         p = as_law(0.9 * near + 0.1 * random_law(30, rng))
         for k in (2, 4):
-            for method, options in (("priority", {}), ("is", {}), ("is", {"lp_size": 0, "order": "ratio"})):
+            for method, options in (
+                ("balanced", {}),
+                ("priority", {}),
+                ("is", {}),
+                ("is", {"lp_size": 0, "order": "ratio"}),
+            ):
                 one = acceptance_probability(p, near, 1)
                 assert acceptance_probability(p, near, k, method, **options) >= one - 1e-12
 
@@ -197,3 +213,20 @@ def test_what_makes_no_sense_is_refused(call, message):
 def test_laws_may_be_a_little_off_and_are_brought_to_one():
     assert float(as_law([0.5, 0.5004]).sum()) == 1
     assert len(draft_laws([0.5, 0.5], 3, 2)) == 3
+
+
+def test_the_balanced_selection_keeps_more_than_spectr():
+    rng = np.random.default_rng(11)
+    gained, possible = 0.0, 0.0
+    for sharpness, noise in ((1.0, 1.0), (2.0, 1.0), (2.0, 0.3)):
+        for k in (2, 3, 4, 8):
+            for _ in range(5):
+                base = random_law(40, rng, sharpness, zeros=0).log()
+                q = as_law(torch.softmax(1.2 * base, 0))
+                p = as_law(torch.softmax(base + noise * torch.from_numpy(rng.normal(size=40)), 0))
+                spectr = acceptance_probability(p, q, k, "spectr")
+                found = acceptance_probability(p, q, k, "balanced")
+                best = optimal_acceptance(p, q, k)
+                assert spectr - 1e-9 <= found <= best + 1e-12
+                gained, possible = gained + found - spectr, possible + best - spectr
+    assert gained > 0.5 * possible > 0

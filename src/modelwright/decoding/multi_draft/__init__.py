@@ -3,6 +3,7 @@
 from modelwright.decoding.multi_draft.decoding import MultiDraftDecoding, Stats
 from modelwright.decoding.multi_draft.drafts import AssistantDrafts, EarlyExitDrafts, PromptLookupDrafts, early_exit
 from modelwright.decoding.multi_draft.laws import optimal_acceptance
+from modelwright.decoding.multi_draft.options import MultiDraftOptions
 from modelwright.decoding.multi_draft.verifiers import (
     VERIFIERS,
     Verifier,
@@ -17,6 +18,7 @@ __all__ = [
     "AssistantDrafts",
     "EarlyExitDrafts",
     "MultiDraftDecoding",
+    "MultiDraftOptions",
     "PromptLookupDrafts",
     "Stats",
     "Verifier",

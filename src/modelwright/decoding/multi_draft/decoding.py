@@ -116,7 +116,7 @@ class MultiDraftDecoding:
         *,
         num_drafts: int = 2,
         draft_length: int = 4,
-        verifier: str | Verifier = "is",
+        verifier: str | Verifier = "balanced",
         draft_temperature: float | Sequence[float] = 1.0,
         prompt_lookup: bool = False,
         early_exit: int | None = None,

@@ -106,10 +106,10 @@ def _optimum(laws: Sequence[Tensor], q: Tensor) -> float:
     # Tokens that are never drafted raise q(S) and leave p(S) alone: they are in no minimal set.
     drafted = (laws[0] > 0).nonzero().flatten()
     p, q = laws[0][drafted], q[drafted]
-    return min(1.0, float(_prefix_values([p] * len(laws), q, _ascending(q / p)).min()))
+    return min(1.0, float(prefix_values([p] * len(laws), q, ascending(q / p)).min()))
 
 
-def _prefix_values(laws: Sequence[Tensor], q: Tensor, order: Tensor) -> Tensor:
+def prefix_values(laws: Sequence[Tensor], q: Tensor, order: Tensor) -> Tensor:
     """``q(S) + 1 - prod_k p_k(S)`` for the first 1, 2 … tokens of an order; the empty set would give 1."""
     product = torch.ones_like(q)
     sums = laws[0][order].cumsum(0)
@@ -139,13 +139,13 @@ class PrioritySelection:
         drafted = (mean > 0).nonzero().flatten()
         own = [laws[0][drafted]] * len(laws) if same else [law[drafted] for law in laws]
         target, fine = q[drafted], q[drafted] / mean[drafted]
-        order = _ascending(fine)
-        cut = int(_prefix_values(own, target, order).argmin())
+        order = ascending(fine)
+        cut = int(prefix_values(own, target, order).argmin())
         divisions = [fine, (fine > fine[order[cut]]).to(q.dtype), torch.zeros_like(fine)]
         found = [_level_law(own, levels, order) for levels in divisions]
         best = max(range(3), key=lambda i: float(torch.minimum(target, found[i]).sum()))
-        self.levels = _scatter(divisions[best], drafted, q)
-        self.law = _scatter(found[best], drafted, q)
+        self.levels = scatter(divisions[best], drafted, q)
+        self.law = scatter(found[best], drafted, q)
 
     def choose(self, tokens: Sequence[int]) -> dict[int, float]:
         """Returns the probability with which each drafted token is selected; those of 0 are left out."""
@@ -186,7 +186,7 @@ def _level_law(laws: Sequence[Tensor], levels: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(total).index_copy_(0, order, total)
 
 
-def _ascending(values: Tensor) -> Tensor:
+def ascending(values: Tensor) -> Tensor:
     """Indices that sort ``(n,)`` float64 values; equal ones stay in their order."""
     if values.device.type != "cpu":
         return torch.argsort(values, stable=True)
@@ -216,7 +216,8 @@ def _won(own: Sequence[Any], later: Sequence[Any]) -> Any:
     return total
 
 
-def _scatter(values: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
+def scatter(values: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
+    """Returns ``(V,)``: the values at their tokens, 0 elsewhere."""
     return torch.zeros_like(like).index_copy_(0, tokens, values)
 
 
@@ -273,7 +274,7 @@ def two_drafts(
     drafted = ((u > 0) | (v > 0)).nonzero().flatten()
     a, b, target = u[drafted], v[drafted], q[drafted]
     key = target - a * b if order == "difference" else 2 * target / (a + b)
-    by_key = _ascending(-key)
+    by_key = ascending(-key)
     if alphabet_size is not None and alphabet_size < len(drafted):
         inside = torch.zeros(len(drafted), dtype=torch.bool, device=q.device)
         inside[torch.topk(target, alphabet_size).indices] = True
@@ -298,7 +299,7 @@ def two_drafts(
     if max(overlaps) > float(torch.minimum(law, target).sum()):
         only = overlaps.index(max(overlaps))
         return TwoDrafts(rank, weights, (u, v)[only], only)
-    return TwoDrafts(rank, weights, _scatter(law, tokens, q))
+    return TwoDrafts(rank, weights, scatter(law, tokens, q))
 
 
 def _pair_program(
@@ -422,7 +423,7 @@ class SetSelection:
                 self.shares[frozenset(self.token[row].tolist())] = dict(
                     zip(self.token[row].tolist(), share.tolist(), strict=True)
                 )
-        self.law = _scatter(torch.from_numpy(total).to(q.device), drafted, q)
+        self.law = scatter(torch.from_numpy(total).to(q.device), drafted, q)
 
     @staticmethod
     def _optimal(sets: list[np.ndarray], masses: list[np.ndarray], q: np.ndarray) -> list[np.ndarray]:

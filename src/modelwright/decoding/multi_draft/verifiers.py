@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from modelwright.decoding.multi_draft.balanced import BalancedSelection
 from modelwright.decoding.multi_draft.laws import (
     ORDERS,
     FirstSelection,
@@ -31,6 +32,7 @@ NOTHING = 1e-12
 
 #: Name to what it is.
 VERIFIERS: dict[str, str] = {
+    "balanced": "selection on two levels near the optimum, then speculative sampling: no linear program, any K",
     "is": "importance-weighted selection by truncated linear programs, then speculative sampling (the paper's)",
     "optimal": "the same with the whole linear program; for small vocabularies or top-k",
     "priority": "the drafted token of the largest q/p, then speculative sampling: no linear program, any K",
@@ -254,6 +256,13 @@ class Verifier:
             return RecursiveRejection(laws, q)
         if self.method == "spectr":
             return SequentialSelection(laws, q)
+        if self.method == "balanced":
+            if identical(laws):
+                return Canonical(BalancedSelection(laws[0], q, len(laws)), q)
+            # Different drafts: whichever of the others keeps most.
+            rules: list[Rule] = [RecursiveRejection(laws, q), SequentialSelection(laws, q)]
+            rules.append(Canonical(PrioritySelection(laws, q), q))
+            return max(rules, key=lambda rule: rule.acceptance())
         if self.method == "priority":
             return Canonical(PrioritySelection(laws, q), q)
         if self.method == "optimal":
