@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from modelwright.errors import UserError
 from modelwright.worlds.base import Draw
 from modelwright.worlds.pictures import (
     ATTRIBUTES,
@@ -286,6 +287,15 @@ def test_numbers_of_objects_and_noise_levels_are_spread():
     assert min(levels) >= 0.3
     assert max(levels) <= 0.9
     assert 0.55 < sum(levels) / len(levels) < 0.65
+
+
+def test_no_wrong_caption_tells_of_a_held_out_scene():
+    few = {"pool_size": 300, "reference_size": 0, "max_objects": 1, "vary": ["shape", "colour", "background"]}
+    world = pictures(1, **few, heldout_size=15, mismatched_share=0.6, near_share=1.0)
+    heldout = {scene_of(row) for row in (*world.heldout, *world.heldout_combinations)}
+    assert not heldout & {read(row["caption"]) for row in world.train if row["wrong"]}
+    with pytest.raises(UserError, match="near_share: the held-out splits use up"):
+        pictures(0, pool_size=9, reference_size=0, heldout_size=1, max_objects=1, vary=["size"], near_share=1.0)
 
 
 def test_attributes_that_do_not_vary():

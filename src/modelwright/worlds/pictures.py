@@ -369,8 +369,16 @@ class _Maker:
         draw, scene = Draw(self.seed, f"mismatched {row['id']}"), scene_of(row)
         attribute, other = "picture", scene
         if rows is None:
-            attribute = draw.choice(self.vary)
-            other = changed(scene, attribute, draw)
+            for _ in range(_ATTEMPTS):
+                attribute = draw.choice(self.vary)
+                other = changed(scene, attribute, draw)
+                if other not in self.reserved:
+                    break
+            else:
+                raise UserError(
+                    "near_share: the held-out splits use up the scenes that a wrong caption could tell of: give a "
+                    "smaller heldout_size or a larger max_objects."
+                )
         else:
             for _ in range(_ATTEMPTS):
                 found = draw.choice(rows)
