@@ -12,6 +12,7 @@ from modelwright.errors import UserError
 from modelwright.models.tiny_pairs import tiny_pair
 from modelwright.training.contrastive.arguments import ContrastiveTrainingArguments
 from modelwright.training.contrastive.encoders import pair_encoder
+from modelwright.training.contrastive.pairs import Pairs
 from modelwright.training.contrastive.selection import Chosen
 from modelwright.training.contrastive.trainer import ContrastiveTrainer
 
@@ -68,6 +69,25 @@ def test_cached_columns_train_as_the_reference_itself(tmp_path):
     second = trained(tmp_path / "b", dataset=cached)
     for name, value in weights(first).items():
         torch.testing.assert_close(weights(second)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_columns_are_read_once_and_a_text_called_clean_is_not_logged(tmp_path, monkeypatch):
+    read, column = [], Pairs.column
+    monkeypatch.setattr(Pairs, "column", lambda pairs, name: read.append(name) or column(pairs, name))
+    texts = [f"a clean text {i}" for i in range(80)]
+    cached = cache_reference_embeddings(data().remove_columns("clean").add_column("clean", texts), encoder(1))
+    rows = trained(tmp_path, dataset=cached).state.log_history
+    assert sorted(read) == sorted(JestSelection.columns)
+    assert "jest_learnability" in rows[0]
+    assert "jest_clean" not in rows[0]
+
+
+def test_a_reference_that_is_the_learner_is_refused(tmp_path):
+    learner = encoder()
+    trained_before = [parameter.requires_grad for parameter in learner.parameters()]
+    with pytest.raises(UserError, match="shares its weights with the learner"):
+        JestTrainer(learner, arguments(tmp_path), train_dataset=data(), reference_model=learner)
+    assert [parameter.requires_grad for parameter in learner.parameters()] == trained_before
 
 
 def test_choosing_everything_is_training_without_choosing(tmp_path):

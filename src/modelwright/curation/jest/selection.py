@@ -60,6 +60,8 @@ class JestSelection:
 
     #: Columns of the data that :meth:`choose` looks for among its extras.
     columns: ClassVar[tuple[str, ...]] = (*REFERENCE_COLUMNS, "clean")
+    #: Of these the ones that only the log needs: a column of that name may as well be a text.
+    logged_columns: ClassVar[tuple[str, ...]] = ("clean",)
 
     def __post_init__(self) -> None:
         self._sampler()  # faulty options are refused before any work
@@ -98,7 +100,8 @@ class JestSelection:
             reference: One in memory, instead of :attr:`reference`.
 
         Raises:
-            UserError: The patch size does not fit the learner, or the reference does not take the learner's inputs.
+            UserError: The patch size does not fit the learner, the reference does not take the learner's inputs, or it
+                is the learner itself.
         """
         self._learner = learner
         if self.scoring_patch_size is not None:
@@ -111,6 +114,12 @@ class JestSelection:
             reference = load_pair_encoder(self.reference, device="cpu")
         if reference is not None:
             _check_inputs(learner.collator, reference.collator)
+            trained = {id(parameter) for parameter in learner.parameters()}
+            if any(id(parameter) in trained for parameter in reference.parameters()):
+                raise UserError(
+                    "The reference shares its weights with the learner, so freezing it would freeze the learner: give "
+                    "a model of its own (copy.deepcopy)."
+                )
             self._reference = reference.requires_grad_(False).eval()
 
     def choose(

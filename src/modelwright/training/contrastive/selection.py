@@ -49,5 +49,6 @@ class Selection(Protocol):
             size: Pairs to choose, over all processes.
             step: Optimizer steps done so far: what a draw depends on besides the seed, for a resumed run repeats it.
             extras: Columns of the whole super-batch's rows, such as cached reference embeddings; first dimension the
-                row. Those that the data have of the selection's attribute ``columns``, if it has one.
+                row. Those that the data have of the selection's attribute ``columns``, if it has one; they must be
+                numbers, or are left out if the attribute ``logged_columns`` names them too.
         """

@@ -104,6 +104,7 @@ class ContrastiveTrainer(ResumableTrainer):
         if selection is not None and hasattr(selection, "attach"):
             selection.attach(model)
         self.add_callback(_ClampScale(model))
+        self._columns: dict[str, np.ndarray | None] = {}
         self._shown: dict[str, Tensor] = {}
         self._row: tuple[float, float] = (0.0, 0.0)
 
@@ -172,9 +173,8 @@ class ContrastiveTrainer(ResumableTrainer):
         """The sub-batches of this process's share of what the selection takes from a super-batch."""
         assert self.selection is not None
         parts, sizes, data = list(batch), list(batch.sizes), self.train_dataset
-        there = getattr(data, "column_names", [])
-        wanted = [name for name in getattr(self.selection, "columns", ()) if name in there]
-        extras = {name: torch.from_numpy(data.column(name)[batch.everyone]) for name in wanted}
+        columns = ((name, self._column(name)) for name in getattr(self.selection, "columns", ()))
+        extras = {name: torch.from_numpy(values[batch.everyone]) for name, values in columns if values is not None}
         with undisturbed(self.encoder):
             indices, logs = self.selection.choose(
                 self._encode_all, parts, self.batch_size, self.state.global_step, extras
@@ -196,6 +196,19 @@ class ContrastiveTrainer(ResumableTrainer):
         places = [*(own - self.args.process_index * each), *range(each, each + len(foreign))]
         padding = {"input_ids": self.encoder.collator.tokenizer.pad_token_id}
         return [take(parts, sizes, places[i : i + step], padding) for i in range(0, len(places), step)]
+
+    def _column(self, name: str) -> np.ndarray | None:
+        """A column of the training data, read once; None if there is none, or nothing that the selection can log."""
+        if name not in self._columns:
+            data, found = self.train_dataset, None
+            if name in getattr(data, "column_names", []):
+                try:
+                    found = data.column(name)
+                except UserError:
+                    if name not in getattr(self.selection, "logged_columns", ()):
+                        raise
+            self._columns[name] = found
+        return self._columns[name]
 
     def _encode_all(self, parts: Iterable[Mapping[str, Tensor]]) -> Encoded:
         """Embeds sub-batches of every process, without gradient; rows in the order of the ranks."""
