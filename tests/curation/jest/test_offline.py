@@ -10,7 +10,7 @@ from datasets import Dataset
 from PIL import Image
 from pyarrow import parquet
 
-from modelwright.curation.jest import cache_reference_embeddings
+from modelwright.curation.jest import cache_reference_embeddings, offline
 from modelwright.curation.jest import pool as pool_module
 from modelwright.curation.jest.offline import choose_offline, select_offline
 from modelwright.curation.jest.pool import PoolEmbeddings, embed_pool, model_fingerprint, read_metadata, super_batches
@@ -356,6 +356,21 @@ def test_the_verb_refuses_and_leaves_nothing(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         verb.run(Silent())
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("sampler", "form", "message"),
+    [({"normalize": True}, "auto", "sigmoid form"), ({}, None, "The learner has no bias")],
+)
+def test_a_form_that_does_not_suit_the_models_is_refused_before_they_are_run(
+    tmp_path, texts, monkeypatch, sampler, form, message
+):
+    monkeypatch.setattr(offline, "embed_pool", lambda *args, **keys: pytest.fail("embedded"))
+    with pytest.raises(UserError, match=message):
+        select_offline(
+            texts, tmp_path / "a.parquet", JointSampler(criterion="hard", **sampler), learner=encoder(), form=form
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["pool.jsonl"]
 
 
 def test_half_cached_and_mixed_references_are_refused(tmp_path, texts):

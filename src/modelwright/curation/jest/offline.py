@@ -199,18 +199,26 @@ def select_offline(
         "reference": reference if sampler.needs_reference else None,
     }
     where: torch.device | str = "cpu" if device in (None, "auto") else str(device)
+    encoders = {name: as_encoder(model, device=device) for name, model in wanted.items() if model is not None}
+    for name, encoder in encoders.items():
+        check_kind(encoder, pairs, name)
+        where = encoder.device
+    # Before anything is embedded, which may take hours.
+    without = [name for name, encoder in encoders.items() if encoder.bias() is None]
+    if cached is not None and cached.bias is None:
+        without.append("reference")
+    first = next(iter(encoders), "reference")
+    if form == "auto" and (encoders or cached is not None):
+        sampler = dataclasses.replace(sampler, form="softmax" if first in without else "sigmoid")
+    if sampler.form == "sigmoid" and without:
+        raise UserError(
+            f"The {without[0]} has no bias, as if trained with the softmax loss: choose the form 'softmax' (--form)."
+        )
     with embeddings_folder(output) as folder:
-        for name, model in wanted.items():
-            if model is not None:
-                encoder = as_encoder(model, device=device)
-                check_kind(encoder, pairs, name)
-                where = encoder.device
-                models[name] = embed_pool(
-                    encoder, pairs, folder=folder, label=name, batch_size=batch_size, workers=workers, progress=progress
-                )
-        first = next((m for m in models.values() if m is not None), None)
-        if form == "auto" and first is not None:
-            sampler = dataclasses.replace(sampler, form="softmax" if first.bias is None else "sigmoid")
+        for name, encoder in encoders.items():
+            models[name] = embed_pool(
+                encoder, pairs, folder=folder, label=name, batch_size=batch_size, workers=workers, progress=progress
+            )
         choice = choose_offline(
             models["learner"],
             models["reference"],
