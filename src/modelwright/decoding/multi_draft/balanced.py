@@ -5,13 +5,16 @@ order of q/p. A selection is optimal if and only if a token outside S is selecte
 get at most their q, and tokens of S at least theirs. So: two levels, and within each a ``p_I`` as near q as can be.
 
 Within a level its drafts are looked at one after the other; token x is taken with probability ``a(x)``, and the last
-one in any case. With ``A`` the mass of the level and below, ``L`` that below, and ``B = A - P beta`` where P is the level's
-mass and ``P beta = sum p a`` that of what is taken at sight, n drafts of the level among K give
+one in any case. Let ``A`` be the mass of the level and what is below, ``L`` that below alone, and ``B = A - sum p a``
+over the level's tokens. Over all numbers of drafts, of K, that may be on the level,
 
     p_I(x) = p(x) (a(x) g + (1 - a(x)) r),  g = (A^K - B^K) / (A - B),  r = (B^K - L^K) / (B - L).
 
-So every ``p_I = p clip(q/p, r, g)`` can be had that has the level's right sum, which one beta has. With a single level
-the result is at least SpecTr's: its K-SEQ has the same upper clip and wastes the last draft.
+So every ``p_I = p clip(q/p, r, g)`` can be had that has the level's right sum, which is so for one ``sum p a``.
+
+With a single level the result is at least SpecTr's. K-SEQ keeps ``sum min(q, gamma p)`` with ``gamma = g`` at its own
+``beta = sum p a``; there ``sum p clip(q/p, r, g)`` is at most 1, as ``sum (r p - q)+ <= r sum (p - q/gamma)+``, which is
+``(1 - beta)^K``, what K-SEQ misses. As r and g fall with beta, the solution has a smaller beta and a larger g.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from modelwright.decoding.multi_draft.laws import ascending, prefix_values, scatter
 
-#: Values of beta that are tried at once, and how often the best interval is divided again.
+#: Values of beta (the share of the level's mass that is taken at sight) tried at once, and rounds of refinement.
 _GRID, _ROUNDS = 65, 5
 
 
