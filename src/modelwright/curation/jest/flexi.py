@@ -23,7 +23,7 @@ def _resizing(old: int, new: int) -> Tensor:
     """The matrix (new^2, old^2) that takes a kernel to its resized one, float64.
 
     Where images are resized by B, ``new = pinv(B^T) old`` keeps the products of kernels with images: exactly when
-    enlarging, where B has full column rank, and in least squares otherwise. Bilinear, as FlexiViT's code.
+    enlarging, where B has full column rank, and in least squares otherwise. Bilinear, without antialiasing.
     """
     basis = torch.eye(old * old, dtype=torch.float64).reshape(old * old, 1, old, old)
     enlarged = interpolate(basis, size=(new, new), mode="bilinear", align_corners=False)
