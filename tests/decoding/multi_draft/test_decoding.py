@@ -1,7 +1,6 @@
 """Generation: token for token stock greedy search; in law, stock sampling."""
 
 import collections
-import copy
 import itertools
 
 import numpy as np
@@ -30,7 +29,8 @@ PROMPTS = ["a", "some longer prompt, some longer", "bcd e"]
 
 def near(model, amount=0.02):
     """A draft model that often agrees: the target with noise in its weights."""
-    twin = copy.deepcopy(model)
+    twin = type(model)(model.config).eval().to(model.dtype)
+    twin.load_state_dict(model.state_dict())
     with seeded(5), torch.no_grad():
         for weight in twin.parameters():
             weight += amount * torch.randn_like(weight)
@@ -359,6 +359,27 @@ def test_windows_that_are_not_outgrown_do_not_matter():
     for layout in ("tree", "rows"):
         decode = MultiDraftDecoding(tiny_model("gemma2", seed=9), layout=layout)
         assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False, custom_generate=decode), wanted)
+
+
+@pytest.mark.parametrize("layout", ["auto", "rows"])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[1:2]], ids=["batch", "single"])
+def test_greedy_output_under_shifted_positions(layout, prompts):
+    """STRING counts distances by place in the sequence, so drafts must not share one."""
+    from modelwright.attention.string import StringConfig, apply_string
+
+    model = endless("llama", initializer_range=0.2)
+    inputs = encoded(prompts)
+    plain, draft = model.generate(**inputs, max_new_tokens=24, do_sample=False), near(model, 0.005)
+    with apply_string(model, StringConfig(shift=12, window=2)):
+        wanted = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        assert not torch.equal(wanted, plain)
+        decode = MultiDraftDecoding(draft, num_drafts=2, prompt_lookup=True, layout=layout)
+        out = model.generate(**inputs, max_new_tokens=24, do_sample=False, custom_generate=decode)
+        assert torch.equal(out, wanted)
+        assert 0 < decode.stats.acceptance_rate < 1
+        short = MultiDraftDecoding(early_exit=1, layout=layout)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=24, do_sample=False, custom_generate=short), wanted)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=24, do_sample=False, custom_generate=decode), plain)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ over the level's tokens. Over all numbers of drafts, of K, that may be on the le
 So every ``p_I = p clip(q/p, r, g)`` can be had that has the level's right sum, which is so for one ``sum p a``.
 
 With a single level the result is at least SpecTr's. K-SEQ keeps ``sum min(q, gamma p)`` with ``gamma = g`` at its own
-``beta = sum p a``; there ``sum p clip(q/p, r, g)`` is at most 1, as ``sum (r p - q)+ <= r sum (p - q/gamma)+``, which is
+``beta = sum p a``. There ``sum p clip(q/p, r, g) <= 1``, since ``sum (r p - q)+ <= r sum (p - q/gamma)+``, and that is
 ``(1 - beta)^K``, what K-SEQ misses. As r and g fall with beta, the solution has a smaller beta and a larger g.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from modelwright.decoding.multi_draft.laws import ascending, prefix_values, scatter
 
 #: Values of beta (the share of the level's mass that is taken at sight) tried at once, and rounds of refinement.
-_GRID, _ROUNDS = 65, 5
+_GRID, _ROUNDS = 1025, 4
 
 
 class BalancedSelection:
@@ -119,7 +119,9 @@ def _slopes(mass: Tensor, below: Tensor, beta: Tensor, count: int) -> tuple[Tens
 
 def _powers(a: Tensor, b: Tensor, count: int) -> Tensor:
     """``(a^K - b^K) / (a - b)``, as a sum, which loses no digits where a and b are near."""
-    total = torch.zeros_like(a + b)
-    for j in range(count):
-        total = total + a.pow(j) * b.pow(count - 1 - j)
+    total = torch.ones_like(a + b)
+    power = b
+    for _ in range(count - 1):
+        total = total * a + power
+        power = power * b
     return total

@@ -80,8 +80,8 @@ SETTINGS = {
     ),
     "cpu": Setting(
         world={"pool_chunks": 500, "target_chunks": 1, "heldout_chunks": 1},
-        orders=(3, 1), contexts=200, blocks=800, length=4,
-        target=_shape(64, 3, 4), draft=_shape(32, 1, 2), window=64, batch=12, steps=250, rows=20,
+        orders=(3, 1), contexts=150, blocks=800, length=4,
+        target=_shape(64, 3, 4), draft=_shape(32, 1, 2), window=64, batch=12, steps=200, rows=40,
     ),
     "gpu": Setting(
         world={"pool_chunks": 5000, "target_chunks": 1, "heldout_chunks": 1},

@@ -94,7 +94,7 @@ def load_draft(
                 f"The draft model {path} has another tokenizer than the target ({clash!r} is token {own[clash]} of one "
                 f"and {wanted[clash]} of the other): drafts must be in the target's tokens."
             )
-        if len(own.keys() & wanted.keys()) < 0.9 * min(len(own), len(wanted)):
+        if len(own.keys() & wanted.keys()) < 0.98 * min(len(own), len(wanted)):
             raise UserError(
                 f"The draft model {path} has another tokenizer than the target (they share "
                 f"{len(own.keys() & wanted.keys()):,} of {len(wanted):,} tokens): drafts "

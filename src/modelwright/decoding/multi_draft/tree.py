@@ -191,9 +191,13 @@ def takes_trees(model: PreTrainedModel, ids: Tensor) -> bool:
         model: A causal language model.
         ids: Some of its tokens, ``(n,)``.
     """
-    attention = str(getattr(model.config, "_attn_implementation", None))
-    if attention not in ("eager", "sdpa"):
+    # Of every part, since some parts may have been given another attention than the whole.
+    names = {
+        str(getattr(part.config, "_attn_implementation", None)) for part in model.modules() if hasattr(part, "config")
+    }
+    if len(names) != 1 or not names <= {"eager", "sdpa"}:
         return False
+    attention = names.pop()
     known = _trees.setdefault(model, {})
     if attention not in known:
         known[attention] = _probe(model, ids)
