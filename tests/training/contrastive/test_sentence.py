@@ -78,6 +78,29 @@ def test_a_share_of_the_loss_has_that_share_of_the_gradient(model):
         assert torch.allclose(model.get_parameter(name).grad * 4, gradient, rtol=1e-12), name
 
 
+class Table(torch.nn.Module):
+    """Long embeddings, whose gradients are small, in a dtype."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        weights = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).half().float()
+        self.weight = torch.nn.Parameter(256 * weights)
+        self.dtype = dtype
+
+    def forward(self, features):
+        return {"sentence_embedding": self.weight[features["input_ids"][:, 0]].to(self.dtype)}
+
+
+def test_small_gradients_survive_float16_until_the_scaler_has_scaled_them():
+    columns = [{"input_ids": torch.arange(start, start + 20)[:, None]} for start in (0, 20)]
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        loss = InfCLSentenceLoss(Table(dtype), mini_batch_size=7)
+        (loss(columns) * 2**16).backward()
+        gradients.append(loss.model.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().mean().item())
+
+
 def test_dropout_is_the_same_in_both_passes(model):
     """Against the library's cached class, with the same mini-batches and thus the same random numbers."""
     model.train()

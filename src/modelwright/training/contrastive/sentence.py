@@ -84,8 +84,8 @@ class InfCLSentenceLoss(nn.Module):
         (vectors,) = cached(_Encode(self.model), batches, module=self.model)
         graph = torch.is_grad_enabled() and vectors.requires_grad
         # The loss runs backward at once, to a copy of the embeddings: MatryoshkaLoss counts on that, for it runs
-        # backward through each of its widths itself.
-        leaf = vectors.detach().requires_grad_(graph)
+        # backward through each of its widths itself. Before a GradScaler has scaled anything, so not in float16.
+        leaf = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32)).requires_grad_(graph)
         loss = self.calculate_loss([[column] for column in leaf.split(sizes[0])], labels, with_backward=graph)
         return _Attached.apply(vectors, loss, leaf.grad) if graph else loss
 
