@@ -191,6 +191,16 @@ def test_sigmoid_without_gradients_makes_none(monkeypatch):
     assert asked == [False, True]
 
 
+def test_keys_in_float16_get_the_gradient_of_a_mean_over_a_large_batch():
+    """The gradient of the sum, which is made first, is beyond 65,504 here."""
+    rows = 1024
+    q = torch.full((rows, 2), 100.0)
+    k = torch.ones(rows, 2, dtype=torch.float16, requires_grad=True)
+    loss = ring.ring_sigmoid(q, k, torch.tensor(0.0), None, block_size=None, backend="torch") / rows
+    loss.backward()
+    torch.testing.assert_close(k.grad, torch.full_like(k, 100.0 * (rows - 1) / rows))
+
+
 def test_merging_running_logsumexps_is_exact_at_the_ends():
     """What the ring merges with: nothing yet (-inf), two of them, and numbers whose exponentials overflow."""
     nothing, large = torch.tensor(-torch.inf), torch.tensor(1e4)

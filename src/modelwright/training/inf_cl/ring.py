@@ -225,8 +225,9 @@ class _RingSigmoid(torch.autograd.Function):
             return dk
 
         dk = ring.circulate([k.contiguous()], hop, _add)
-        ctx.ring = ring
-        ctx.save_for_backward(dq, None if dk is None else dk.to(k.dtype), dbias, bias)
+        ctx.ring, ctx.key_dtype = ring, k.dtype
+        # Not narrowed before it is weighted: the sum over a large batch is beyond what float16 holds.
+        ctx.save_for_backward(dq, dk, dbias, bias)
         return total
 
     @staticmethod
@@ -234,7 +235,8 @@ class _RingSigmoid(torch.autograd.Function):
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dbias, bias = ctx.saved_tensors
         ctx.ring.check_weights(weight)
-        return weight * dq, (weight * dk).to(dk.dtype), (weight * dbias).to(bias.dtype).reshape(bias.shape), *[None] * 4
+        dk, dbias = (weight * dk).to(ctx.key_dtype), (weight * dbias).to(bias.dtype).reshape(bias.shape)
+        return weight * dq, dk, dbias, *[None] * 4
 
 
 @dataclass(frozen=True)
