@@ -141,6 +141,7 @@ def test_divergence_is_said():
         ({"block_size": 1}, "block_size"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"beta1": 2.0}, "beta1"),
+        ({"beta2": 1.0}, "beta2 must be 0 or more and less than 1"),
         ({"block_size": 1024}, "takes at most 512"),
         ({"device": "tpu9"}, "not available"),
     ],

@@ -92,9 +92,11 @@ class TrainingOptions:
         for name in ("warmup", "weight_decay", "clip", "eval_every", "save_every", "save_minutes", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")
-        for name in ("beta1", "beta2", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be 0 or more and less than 1, not {getattr(self, name)}.")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"min_lr_ratio must lie between 0 and 1, not {self.min_lr_ratio}.")
 
     def total_steps(self, tokens: int, processes: int = 1) -> int:
         """Returns the number of optimizer steps for a stream of ``tokens`` tokens."""
