@@ -21,6 +21,7 @@ from modelwright.evaluation.retrieval import evaluate_retrieval
 from modelwright.models.loading import save_model
 from modelwright.models.tiny_pairs import tiny_pair
 from modelwright.progress import Silent
+from modelwright.training.contrastive import run
 from modelwright.training.contrastive.arguments import ContrastiveOptions
 from modelwright.training.contrastive.batches import Order
 from modelwright.training.contrastive.encoders import load_pair_encoder, pair_encoder
@@ -241,6 +242,20 @@ def test_pairs_that_cannot_be_used_are_left_out_and_counted(folder, tmp_path):
     assert "9.png" in " ".join(progress.said)
 
 
+def test_heldout_pairs_are_looked_at_before_training(folder, tmp_path, monkeypatch):
+    heldout = tmp_path / "heldout"
+    heldout.mkdir()
+    (heldout / "0.png").write_bytes((folder / "pictures" / "0.png").read_bytes())
+    (heldout / "1.png").write_bytes((folder / "pictures" / "1.png").read_bytes()[:80])
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in (0, 1)]
+    (heldout / "metadata.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(run, "train_pairs", lambda *args, **keys: pytest.fail("training began"))
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match=r"metadata\.jsonl:2 .*1\.png.* truncated: mend or remove"):
+            pictures(folder, tmp_path / "m", eval_data=[str(heldout)], skip_bad=skip_bad).run(Silent())
+    assert [p.name for p in tmp_path.iterdir()] == ["heldout"]
+
+
 @dataclasses.dataclass(kw_only=True)
 class First:
     """Takes the first pairs of each super-batch."""
@@ -297,6 +312,8 @@ def test_options_of_a_selection(first):
         ({"batch_size": 61}, "hold 60 pairs, fewer than one batch of 61"),
         ({"mini_batch_size": 0}, "mini_batch_size must be"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
+        ({"beta1": 1.0}, "beta1 must be 0 or more and less than 1"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio must lie between 0 and 1"),
         ({"data": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"key_field": "reply"}, "reply"),
         ({"freeze": "image"}, "single encoder of texts"),

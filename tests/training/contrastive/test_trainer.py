@@ -141,6 +141,14 @@ def test_open_clips_loss_by_name_is_the_default(tmp_path):
     assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
+def test_infcl_for_a_model_with_a_bias_is_the_softmax_loss(tmp_path):
+    """Its fourth argument by position is another one, as in open_clip."""
+    trainer = trainer_for(*tiny("siglip"), tmp_path, pictures(), {"max_steps": 1}, loss=InfCLLoss())
+    trainer.train()
+    encoded = trainer.embed(trainer.train_dataset)
+    assert trainer.loss_of(encoded) == InfCLLoss()(encoded.queries, encoded.keys, encoded.scale)
+
+
 def test_a_data_set_of_the_datasets_library(tmp_path):
     plain = trainer_for(*tiny("bert"), tmp_path, texts(), {"max_steps": 2})
     plain.train()

@@ -62,7 +62,8 @@ def train_pairs_to_folder(
         architecture: ``clip`` or ``siglip``, to train from scratch.
         settings: Config fields for ``architecture``.
         tokenizer: Folder or hub id of the tokenizer for ``architecture``.
-        eval_data: Sources of held-out pairs, for retrieval.
+        eval_data: Sources of held-out pairs, for retrieval; all must be usable, whatever ``skip_bad`` says, and are
+            looked at before training.
         fields: ``query_field``, ``key_field``, ``negative_field`` and ``base``, if they are not found by themselves.
         select: Method that chooses each batch from a larger one (``batch_selectors`` in the catalog).
         select_options: Its own options.
@@ -101,6 +102,9 @@ def train_pairs_to_folder(
     _freeze(encoder, options.freeze)
     pairs = read_pairs(list(data), **fields, bad_texts="keep" if skip_bad else "refuse")
     heldout = read_pairs(list(eval_data), **fields) if eval_data else None
+    # Evaluation may come only when training has ended, and then it would be too late to find a bad image.
+    if heldout is not None and heldout.kind == "image-text" and (bad := heldout.check_images(progress)):
+        raise UserError(f"{bad[0].name} {bad[0].reason}: mend or remove the pair.")
     plan = {
         **{k: v for k, v in dataclasses.asdict(options).items() if k not in _HOW},
         "data": pairs.fingerprint(),

@@ -48,7 +48,7 @@ class ContrastiveTrainer(ResumableTrainer):
             texts.
         eval_dataset: Held-out pairs; evaluation reports retrieval among them, both ways.
         processing_class: The model's image-text processor or tokenizer; not needed with a ``PairEncoder``.
-        loss: A loss such as ``InfCLLoss()``, called with queries, keys and scale, and with the bias too if the
+        loss: A loss such as ``InfCLLoss()``, called with queries, keys and scale, and with ``logit_bias=`` too if the
             encoder's objective is sigmoid. It is over this process's pairs only, unless it was given a process group.
             None takes the one that suits the objective, over the pairs of all processes.
         selection: Chooses each batch from a larger one. Random transforms of the data must depend on the row: with
@@ -166,7 +166,7 @@ class ContrastiveTrainer(ResumableTrainer):
         if bias is not None:
             if negatives is not None:
                 raise UserError("The sigmoid loss has no hard negatives: leave them out, or train with softmax.")
-            return self.loss(queries, keys, scale, bias)
+            return self.loss(queries, keys, scale, logit_bias=bias)
         return self.loss(queries, keys if negatives is None else torch.cat([keys, negatives]), scale)
 
     def _chosen(self, batch: Batch) -> list[dict[str, Tensor]]:
