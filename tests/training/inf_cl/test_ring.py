@@ -209,6 +209,14 @@ def test_merging_running_logsumexps_is_exact_at_the_ends():
     assert torch.logaddexp(large, large) == large + torch.log(torch.tensor(2.0))
 
 
+def test_the_order_of_merging_does_not_matter():
+    parts = torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e3
+    a, b, c, d = parts
+    merge = torch.logaddexp
+    for found in (merge(merge(merge(a, b), c), d), merge(merge(a, b), merge(c, d)), merge(d, merge(c, merge(b, a)))):
+        torch.testing.assert_close(found, parts.logsumexp(0), rtol=1e-14, atol=1e-12)
+
+
 def test_a_backend_error_becomes_one_sentence():
     with (
         pytest.raises(UserError, match=r"found rank 0 of 1 \(Connection closed by peer\): see"),
