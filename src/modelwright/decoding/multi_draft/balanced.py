@@ -19,19 +19,24 @@ With a single level the result is at least SpecTr's. K-SEQ keeps ``sum min(q, ga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from modelwright.decoding.multi_draft.laws import ascending, prefix_values, scatter
 
-#: Values of beta (the share of the level's mass that is taken at sight) tried at once, and rounds of refinement.
-_GRID, _ROUNDS = 1025, 4
+#: Steps of false position at most; a dozen are usual.
+_STEPS = 60
+#: How far the two levels may be from the optimum before a single one is tried too.
+_NEAR = 1e-4
 
 
 class BalancedSelection:
     """Near-optimal selection among identical drafts: two levels, or one where that is better.
+
+    Never below SpecTr's by more than 0.0001, the distance from the optimum at which one level is not tried.
 
     Args:
         p: Law of every draft, ``(V,)`` float64.
@@ -44,21 +49,23 @@ class BalancedSelection:
         own, target = p[drafted], q[drafted]
         order = ascending(target / own)
         tokens, own, target = drafted[order], own[order], target[order]
-        cut = int(prefix_values([own] * num_drafts, target, torch.arange(len(own), device=q.device)).argmin()) + 1
-        below = own[:cut].sum()
-        take, law = _level(own, target, torch.zeros_like(below), num_drafts)
-        self.cut_rank = 0
-        if cut < len(own):
-            parts = [
-                _level(own[:cut], target[:cut], torch.zeros_like(below), num_drafts),
-                _level(own[cut:], target[cut:], below, num_drafts),
-            ]
-            two = torch.cat([part[1] for part in parts])
-            if torch.minimum(two, target).sum() > torch.minimum(law, target).sum():
-                take, law, self.cut_rank = torch.cat([part[0] for part in parts]), two, cut
+        values = prefix_values([own] * num_drafts, target, torch.arange(len(own), device=q.device))
+        self.cut = int(values.argmin()) + 1
+        optimum = min(1.0, float(values[self.cut - 1]))
+        best = -1.0
+        if self.cut < len(own):
+            below = float(own[: self.cut].sum())
+            low = _level(own[: self.cut], target[: self.cut], 0.0, num_drafts)
+            high = _level(own[self.cut :], target[self.cut :], below, num_drafts)
+            take, law = torch.cat([low[0], high[0]]), torch.cat([low[1], high[1]])
+            best = float(torch.minimum(law, target).sum())
+        if best < optimum - _NEAR:
+            one_take, one = _level(own, target, 0.0, num_drafts)
+            if float(torch.minimum(one, target).sum()) > best:
+                take, law, self.cut = one_take, one, 0
         self.law = scatter(law, tokens, q)
         self.take = scatter(take, tokens, q)
-        upper = (torch.arange(len(own), device=q.device) >= self.cut_rank).to(q.dtype)
+        upper = (torch.arange(len(own), device=q.device) >= self.cut).to(q.dtype)
         self.upper = scatter(upper, tokens, q)
 
     def choose(self, tokens: Sequence[int]) -> dict[int, float]:
@@ -80,7 +87,7 @@ class BalancedSelection:
         return float(self.law[token])
 
 
-def _level(p: Tensor, q: Tensor, below: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _level(p: Tensor, q: Tensor, below: float, count: int) -> tuple[Tensor, Tensor]:
     """Returns ``a`` and ``p_I`` of a level's tokens, which are in ascending order of q/p.
 
     Args:
@@ -89,39 +96,54 @@ def _level(p: Tensor, q: Tensor, below: Tensor, count: int) -> tuple[Tensor, Ten
         below: Draft mass of the level below.
         count: K.
     """
-    mass = p.sum()
+    mass = float(p.sum())
     ratio = q / p
-    upto_p = torch.cat([p.new_zeros(1), p.cumsum(0)])
-    upto_q = torch.cat([q.new_zeros(1), q.cumsum(0)])
+    known = ratio.cpu().numpy()
+    upto_p, upto_q = (np.concatenate([[0.0], t.cumsum(0).cpu().numpy()]) for t in (p, q))
     total = mass * _powers(below + mass, below, count)
-    low, high = torch.zeros_like(mass), torch.ones_like(mass)
-    for _ in range(_ROUNDS):
-        beta = low + (high - low) * torch.linspace(0, 1, _GRID, dtype=p.dtype, device=p.device)
+
+    def missing(beta: float) -> float:
+        """``sum p clip(q/p, r, g)`` above the total; falls with beta, from at least 0 at 0 to at most 0 at 1."""
         g, r = _slopes(mass, below, beta, count)
-        at_r, at_g = torch.searchsorted(ratio, r), torch.searchsorted(ratio, g)
-        # sum p clip(q/p, r, g) falls with beta; wanted is the last value that has not fallen below the total.
-        sums = r * upto_p[at_r] + (upto_q[at_g] - upto_q[at_r]) + g * (upto_p[-1] - upto_p[at_g])
-        last = (sums >= total).nonzero().flatten()
-        first = last[-1] if len(last) else torch.zeros((), dtype=torch.long, device=p.device)
-        low, high = beta[first], beta[(first + 1).clamp(max=_GRID - 1)]
-    g, r = _slopes(mass, below, low, count)
-    spread = g - r
-    take = ((ratio - r) / spread).clamp(0, 1) if spread > 0 else torch.ones_like(p)
-    # The law of exactly this `take`, however near beta came to the solution.
-    g, r = _slopes(mass, below, (p * take).sum() / mass, count)
+        at_r, at_g = known.searchsorted(r), known.searchsorted(g)
+        return float(r * upto_p[at_r] + (upto_q[at_g] - upto_q[at_r]) + g * (upto_p[-1] - upto_p[at_g])) - total
+
+    g, r = _slopes(mass, below, _root(missing), count)
+    take = ((ratio - r) / (g - r)).clamp_(0, 1) if g > r else torch.ones_like(p)
+    # The law of exactly this `take`, however near the solution is.
+    g, r = _slopes(mass, below, float((p * take).sum()) / mass, count)
     return take, p * (take * g + (1 - take) * r)
 
 
-def _slopes(mass: Tensor, below: Tensor, beta: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _root(falling: Callable[[float], float]) -> float:
+    """Zero of a falling function on [0, 1], by false position with the Illinois rule."""
+    low, high = 0.0, 1.0
+    at_low, at_high = falling(low), falling(high)
+    if at_low <= 0:
+        return low
+    for _ in range(_STEPS):
+        if at_high >= 0 or high - low < 1e-15:
+            return high
+        middle = (low * at_high - high * at_low) / (at_high - at_low)
+        value = falling(middle)
+        if abs(value) < 1e-15:
+            return middle
+        if value > 0:
+            low, at_low, at_high = middle, value, at_high / 2
+        else:
+            high, at_high, at_low = middle, value, at_low / 2
+    return (low + high) / 2
+
+
+def _slopes(mass: float, below: float, beta: float, count: int) -> tuple[float, float]:
     rest = below + mass * (1 - beta)
     return _powers(below + mass, rest, count), _powers(rest, below, count)
 
 
-def _powers(a: Tensor, b: Tensor, count: int) -> Tensor:
+def _powers(a: float, b: float, count: int) -> float:
     """``(a^K - b^K) / (a - b)``, as a sum, which loses no digits where a and b are near."""
-    total = torch.ones_like(a + b)
-    power = b
+    total, power = 1.0, b
     for _ in range(count - 1):
         total = total * a + power
-        power = power * b
+        power *= b
     return total
