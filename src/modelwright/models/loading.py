@@ -168,7 +168,8 @@ def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> P
         )
         raise UserError(f"{path} names the model_type '{model_type}', which is not known here: {advice}")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with quiet():  # it warns of a class's default token ids before it reads those of the file
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{path} is not a valid {model_type} config: {first_line(error)}") from error
 
