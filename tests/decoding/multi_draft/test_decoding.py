@@ -6,7 +6,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StaticCache, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TopKLogitsWarper,
+)
 
 from modelwright.decoding.generate import Sampling, generate
 from modelwright.decoding.multi_draft import (
@@ -19,6 +27,7 @@ from modelwright.decoding.multi_draft import (
     early_exit,
     verifiers,
 )
+from modelwright.decoding.multi_draft.sampling import Row, Shaper
 from modelwright.errors import UserError
 from modelwright.models.tiny import byte_tokenizer, seeded, tiny_model
 
@@ -80,6 +89,7 @@ def test_greedy_output_with_every_drafter(drafter):
     "options",
     [
         {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.1},
         {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 9, "eos_token_id": list(range(3, 90))},
         {"eos_token_id": list(range(3, 40))},
@@ -161,6 +171,34 @@ def test_an_early_exit_shares_weights_and_leaves_the_model_as_it_was():
         whole = type(model)(short.config).eval()
         whole.load_state_dict(short.state_dict())
         torch.testing.assert_close(whole(ids).logits, found.logits)
+
+
+@torch.no_grad()
+def test_drafts_are_drawn_from_the_assistants_own_law():
+    """With processors and draft temperature, each behind its own beginning, and the same again when asked again."""
+    model = tiny_model("llama", seed=4, initializer_range=0.3)
+    processors = LogitsProcessorList([TopKLogitsWarper(5), RepetitionPenaltyLogitsProcessor(1.6)])
+    shaper = Shaper(processors, 2)
+    proposer = AssistantDrafts(model=model, num_drafts=3, temperature=1.7).start(model, shaper, False)
+    buffers = torch.tensor([[0, 0, 5, 6, 7, 0, 0, 0], [4, 9, 8, 7, 6, 0, 0, 0]])
+    rows = [Row(b, buffers[b], 5, 2 * (1 - b), torch.Generator().manual_seed(b)) for b in range(2)]
+    seen = set()
+    for step in range(2):
+        for row, some in zip(rows, proposer.propose(rows, [3, 2]), strict=True):
+            assert [len(draft.tokens) for draft in some] == [3 - row.index] * 3
+            for draft in some:
+                seen.add(tuple(draft.tokens))
+                for depth, token in enumerate(draft.tokens):
+                    real = [*row.ids[row.padding :].tolist(), *draft.tokens[:depth]]
+                    padded = torch.tensor([[*row.ids.tolist(), *draft.tokens[:depth]]])
+                    scores = processors(padded, model(torch.tensor([real])).logits[:, -1].float())
+                    law = (scores[0].double() / 1.7).softmax(0)
+                    torch.testing.assert_close(draft.law(depth, law), law, rtol=0, atol=1e-5)
+                    assert law[token] > 0
+        rows = rows[step:]
+        for row in rows:
+            row.buffer[5], row.length = 3, 6
+    assert len(seen) > 3
 
 
 def test_lookup_finds_the_latest_of_the_longest_matches():
