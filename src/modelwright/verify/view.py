@@ -55,12 +55,12 @@ def heading(metric: Mapping[str, Any]) -> str:
 
 
 def cell(entry: Mapping[str, Any] | None, digits: int) -> str:
-    """Writes a summary entry: mean, spread, and how many seeds diverged."""
+    """Writes a summary entry: mean, spread, and how many seeds have no finite value: diverged, or never got there."""
     if entry is None:
         return "–"
     text = "–" if entry["mean"] is None else mean_and_spread(Sample(entry["mean"], entry["sd"], entry["n"]), digits)
     if entry["diverged"]:
-        text += f" ({entry['diverged']} of {entry['diverged'] + entry['n']} seeds diverged)"
+        text += f" (no finite value on {entry['diverged']} of {entry['diverged'] + entry['n']} seeds)"
     return text
 
 
@@ -106,7 +106,7 @@ def bar_rows(document: Mapping[str, Any]) -> list[BarRow]:
             if bound is not None:
                 seen += f", lower bound {number(bound, digits, sign=True)}"
         if bar["missing_seeds"]:
-            seen += f"; missing or diverged on {bar['missing_seeds']} seeds"
+            seen += f"; missing or not finite on {bar['missing_seeds']} seeds"
         met = {True: "met", False: "not met", None: "–"}[bar["met"]]
         rows.append(BarRow(bar["statement"], seen, f"at least {number(margin, digits, sign=True)}", met))
     return rows
