@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
-_TOKENIZER_FILES = (
+#: A folder with none of these holds no tokenizer.
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -183,7 +184,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     from transformers import AutoTokenizer
 
     folder = find_folder(path_or_id, code=trust_remote_code)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             f"{folder} has no tokenizer (no tokenizer.json): name the folder of its tokenizer with --tokenizer."
         )

@@ -392,7 +392,12 @@ def test_a_missing_pooler_is_fine(copy):
 def test_a_folder_without_its_processor_or_tokenizer(copy):
     folder = copy("clip")
     (folder / "processor_config.json").unlink()
-    with pytest.raises(UserError, match="processor"):
+    with pytest.raises(UserError, match="has no image processor"):
+        load_pair_encoder(folder)
+    folder = copy("siglip")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has no tokenizer"):
         load_pair_encoder(folder)
     folder = copy("bert")
     (folder / "tokenizer.json").unlink()

@@ -461,8 +461,14 @@ def _max_tokens(
 def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoProcessor
 
-    from modelwright.models.loading import first_line, quiet
+    from modelwright.models.loading import TOKENIZER_FILES, first_line, quiet
 
+    for what, names in (
+        ("image processor", ("preprocessor_config.json", "processor_config.json")),
+        ("tokenizer", TOKENIZER_FILES),
+    ):
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(f"{folder} has no {what} (no {names[0]}): copy it from the model this one was made from.")
     try:
         with quiet():
             # Pillow's backend everywhere, so that results do not depend on whether torchvision is installed.
