@@ -110,6 +110,9 @@ class MultiDraftDecoding:
         UserError: An option is out of range, or there is no drafter.
     """
 
+    #: The output has the model's own law, so scores of given texts are the model's.
+    exact = True
+
     def __init__(
         self,
         assistant_model: PreTrainedModel | Sequence[PreTrainedModel] | None = None,

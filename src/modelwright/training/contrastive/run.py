@@ -228,7 +228,7 @@ def make_selection(name: str, options: Mapping[str, Any], seed: int) -> Any:
         UserError: No such selection or option, or a value of the wrong type.
     """
     from modelwright import catalog
-    from modelwright.curation.selector import make_part
+    from modelwright.options import make_part
 
     cls = catalog.load("batch_selectors", name)
     if "seed" in {f.name for f in dataclasses.fields(cls)}:

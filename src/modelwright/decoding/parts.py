@@ -1,0 +1,300 @@
+"""What a decoding method is to the commands that use it, and several of them on one model.
+
+A method's card names parts of two kinds, each a dataclass of options (:mod:`modelwright.options`):
+
+- ``[provides.contexts]``: ``apply(model)`` returns a context manager inside which the model computes otherwise, and
+  which leaves it as it was, bit for bit. Contexts may stand inside one another.
+- ``[provides.generators]``: ``custom_generate(model, tokenizer)`` returns a :class:`Decoder`, which takes the place of
+  the generation loop. There is at most one.
+
+A dataclass may also have ``check(model, tokenizer)``, which raises :class:`~modelwright.errors.UserError` before
+anything expensive is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from modelwright import catalog
+from modelwright.errors import UserError, did_you_mean
+from modelwright.files import content_hash
+from modelwright.options import Arg, make_part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteriaList,
+    )
+
+_KINDS = ("contexts", "generators")
+
+
+class Decoder(Protocol):
+    """What ``generate(custom_generate=…)`` takes, with what scoring needs to know.
+
+    Attributes:
+        exact: The output has the model's own law, so that log-probabilities are the model's. A decoder for which this
+            is False also has :meth:`next_token_log_probs`.
+        needs_context: Optional, False if missing: each prompt is also needed without its context. ``__call__`` then
+            names the parameters ``without_context_ids`` (B, T') and ``without_context_mask`` (B, T'), both int64 and
+            padded on the left, which ``generate`` hands through; and so does ``next_token_log_probs``, where row b of
+            both inputs ends in the same tokens.
+        stats: Optional: an object with ``as_dict()`` and ``clear()`` that counts over calls.
+    """
+
+    exact: bool
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The decoding loop; returns tokens (B, length) int64, or a ``GenerateDecoderOnlyOutput`` if asked for."""
+
+    def next_token_log_probs(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Returns the law that tokens are chosen by, before sampling parameters: of each place, for the token after it.
+
+        Args:
+            model: The model.
+            input_ids: (B, T) int64, padded on either side.
+            attention_mask: (B, T) int64, 0 at padding.
+
+        Returns:
+            (B, T, V) float32 log-probabilities; what stands at padding does not matter.
+        """
+
+
+@dataclass(frozen=True)
+class Part:
+    """A method and its options.
+
+    Attributes:
+        kind: ``contexts`` or ``generators``.
+        name: Its name in the catalog.
+        options: Its dataclass.
+    """
+
+    kind: str
+    name: str
+    options: Any
+
+    def identity(self) -> list[Any]:
+        """Returns name and options, JSON-able; files and folders that it reads stand by their content."""
+        hints = typing.get_type_hints(type(self.options), include_extras=True)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self.options):
+            kind = _arg(hints[field.name]).kind
+            value = getattr(self.options, field.name)
+            if kind == "input":
+                value = [_content(v) for v in value] if isinstance(value, (list, tuple)) else _content(value)
+            if kind != "run":
+                values[field.name] = value
+        return [self.name, json.loads(json.dumps(values, default=str))]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A model with its methods on, inside :meth:`Parts.on`.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        decoder: What takes the place of the generation loop, or None for the model's own.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decoder: Decoder | None = None
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether each prompt is also needed without its context."""
+        return bool(getattr(self.decoder, "needs_context", False))
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """Calls the model's ``generate`` with the decoder in it."""
+        if self.decoder is not None:
+            inputs["custom_generate"] = self.decoder
+        out: Tensor = self.model.generate(**inputs)
+        return out
+
+    def log_probs(self, input_ids: Tensor, attention_mask: Tensor, **without_context: Tensor) -> Tensor:
+        """Returns the law that tokens are chosen by at each place, (B, T, V) float32; see :class:`Decoder`.
+
+        Raises:
+            UserError: The method says no such law.
+        """
+        decoder = self.decoder
+        if decoder is None or getattr(decoder, "exact", False):
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            return logits.float().log_softmax(-1)
+        if not hasattr(decoder, "next_token_log_probs"):
+            raise UserError(
+                f"{type(decoder).__name__} only generates and says no probabilities of given texts: use it for tasks "
+                f"that are scored by what is generated."
+            )
+        return decoder.next_token_log_probs(self.model, input_ids, attention_mask, **without_context)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Methods that are used together.
+
+    Attributes:
+        contexts: From the outermost to the innermost.
+        generator: At most one.
+    """
+
+    contexts: tuple[Part, ...] = ()
+    generator: Part | None = None
+
+    @property
+    def all(self) -> tuple[Part, ...]:
+        """Contexts and then the generator."""
+        return self.contexts + (() if self.generator is None else (self.generator,))
+
+    @property
+    def name(self) -> str:
+        """Such as ``decore under string``, or ``plain`` where there is no method."""
+        names = [part.name for part in reversed(self.all)]
+        return " under ".join(names) if names else "plain"
+
+    def identity(self) -> list[Any]:
+        """Returns what the output depends on, JSON-able."""
+        return [part.identity() for part in self.all]
+
+    @contextlib.contextmanager
+    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Applied]:
+        """Applies the methods inside the block.
+
+        Raises:
+            UserError: One of them does not go with the model, or with those before it. Nothing was generated then.
+        """
+        for part in self.all:
+            if hasattr(part.options, "check"):
+                part.options.check(model, tokenizer)
+        with contextlib.ExitStack() as stack:
+            for part in self.contexts:
+                stack.enter_context(part.options.apply(model))
+            decoder = None if self.generator is None else self.generator.options.custom_generate(model, tokenizer)
+            yield Applied(model, tokenizer, decoder)
+
+
+def read_parts(given: Sequence[str | Path | Mapping[str, Any]]) -> Parts:
+    """Reads methods with their options.
+
+    Args:
+        given: Each a YAML or JSON file, a name, or YAML in a line: ``decore.yaml``, ``multi-draft`` or
+            ``string: {window: 64}``. A file or a mapping may hold several; later contexts stand inside earlier ones.
+
+    Raises:
+        UserError: A file cannot be read, a method or option does not exist, a value does not fit, a method is there
+            twice, or there are two generators.
+    """
+    named = [pair for one in given for pair in _named(one)]
+    parts = [_part(name, options, where) for name, options, where in named]
+    names = [part.name for part in parts]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"'{twice}' is given twice: give it once, with all its options.")
+    generators = [part for part in parts if part.kind == "generators"]
+    if len(generators) > 1:
+        raise UserError(
+            f"'{generators[0].name}' and '{generators[1].name}' both choose the tokens, so only one of them can be "
+            f"used at a time."
+        )
+    return Parts(tuple(p for p in parts if p.kind == "contexts"), generators[0] if generators else None)
+
+
+def _named(given: str | Path | Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """Returns names, options, and where they stand."""
+    import yaml
+
+    from modelwright.values import parse_value
+
+    where, value = "--with", typing.cast(Any, given)
+    if isinstance(given, (str, Path)):
+        text = str(given)
+        path = Path(text).expanduser()
+        single = "\n" not in text and ":" not in text
+        if single and (path.suffix in (".yaml", ".yml", ".json") or path.is_file()):
+            where = text
+            try:
+                text = path.read_text(encoding="utf-8")
+            except FileNotFoundError as error:
+                raise UserError(f"{given} does not exist: give a file, or a method by its name.") from error
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{given} cannot be read as text: {error}.") from error
+        try:
+            value = parse_value(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark and where != "--with" else ""
+            problem = str(getattr(error, "problem", None) or error)
+            raise UserError(f"{where}{line}: {text.strip()[:80]!r} is not valid YAML ({problem}).") from error
+    if isinstance(value, str):
+        value = {value: None}
+    if isinstance(value, list):
+        return [(name, options, where) for item in value for name, options, _ in _named(item)]
+    if not isinstance(value, Mapping) or not value:
+        raise UserError(
+            f"{where} must name a method and its options, such as 'string: {{window: 64}}', not {str(value)[:80]!r}."
+        )
+    found = []
+    for name, options in value.items():
+        if options is not None and not isinstance(options, Mapping):
+            raise UserError(
+                f"{where}: the options of '{name}' must be a mapping, such as '{name}: {{option: value}}', not "
+                f"{str(options)[:80]!r}. (In one line, YAML wants a space after the colon.)"
+            )
+        found.append((str(name), options or {}, where))
+    return found
+
+
+def _part(name: str, options: Mapping[str, Any], where: str) -> Part:
+    wanted = name.lower().replace("_", "-")
+    kinds = [kind for kind in _KINDS if wanted in catalog.provided(kind)]
+    if not kinds:
+        known = [part for kind in _KINDS for part in catalog.provided(kind)]
+        raise UserError(f"{where}: '{name}' is no decoding method: {did_you_mean(wanted, known)}")
+    cls = catalog.load(kinds[0], wanted)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    plain = {str(key): value for key, value in options.items()}
+    if missing := [n for n in _required(cls) if n not in {k.replace("-", "_") for k in plain}]:
+        raise UserError(f"{where}: '{name}' needs the option '{missing[0]}'; it knows: {', '.join(known)}.")
+    try:
+        return Part(kinds[0], wanted, make_part(cls, wanted, plain))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _required(cls: type) -> list[str]:
+    empty = inspect.Parameter.empty
+    return [n for n, p in inspect.signature(cls).parameters.items() if p.default is empty]
+
+
+def _arg(hint: Any) -> Arg:
+    if typing.get_origin(hint) is Annotated:
+        return next((m for m in typing.get_args(hint)[1:] if isinstance(m, Arg)), Arg(""))
+    return Arg("")
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, (str, Path)) and (path := Path(value).expanduser()).exists():
+        return content_hash(path)
+    return value
