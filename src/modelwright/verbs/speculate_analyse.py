@@ -54,10 +54,10 @@ class SpeculateAnalyse:
         import itertools
 
         from modelwright.data.records import Records
+        from modelwright.decoding.companion import load_companion
         from modelwright.decoding.generate import Sampling
         from modelwright.decoding.multi_draft.analyse import analyse, measure
         from modelwright.decoding.multi_draft.drafts import vocabulary_size
-        from modelwright.decoding.multi_draft.options import load_draft
         from modelwright.errors import UserError
         from modelwright.files import check_output, write_json
         from modelwright.models.loading import load_model, load_tokenizer
@@ -74,7 +74,7 @@ class SpeculateAnalyse:
         loading: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         tokenizer = load_tokenizer(self.tokenizer or self.target, trust_remote_code=self.trust_remote_code)
         target = load_model(self.target, device=self.device, **loading)
-        draft = load_draft(self.draft, target, tokenizer, **loading)
+        draft = load_companion(self.draft, target, tokenizer, **loading)
         own, wanted = vocabulary_size(draft), vocabulary_size(target)
         if own != wanted and not self.pad_vocabulary:
             raise UserError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from modelwright.errors import UserError
 from modelwright.options import Arg
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ class MultiDraftOptions:
         Raises:
             UserError: A setting is out of range, or a draft model cannot be loaded or has another tokenizer.
         """
+        from modelwright.decoding.companion import load_companion
         from modelwright.decoding.multi_draft.decoding import MultiDraftDecoding
 
         options = {
@@ -56,48 +56,8 @@ class MultiDraftOptions:
         }  # fmt: skip
         if self.draft:
             drafts = [
-                load_draft(path, model, tokenizer, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+                load_companion(path, model, tokenizer, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
                 for path in self.draft
             ]
             return MultiDraftDecoding(drafts, **options)
         return MultiDraftDecoding(**options)
-
-
-def load_draft(
-    path: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Loads a draft model to the target's device.
-
-    Args:
-        path: Folder or hub id.
-        model: The target.
-        tokenizer: The target's tokenizer.
-        dtype: Dtype of the draft model.
-        trust_remote_code: Whether to run its own code.
-
-    Raises:
-        UserError: It cannot be loaded, or brings a tokenizer with other tokens.
-    """
-    from modelwright.models.loading import find_folder, load_model, load_tokenizer
-
-    folder = find_folder(path, code=trust_remote_code)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        own, wanted = load_tokenizer(folder, trust_remote_code=trust_remote_code).get_vocab(), tokenizer.get_vocab()
-        # Special tokens are added to one model of a family and not to another; ordinary ones must agree.
-        if clash := next((t for t in own.keys() & wanted.keys() if own[t] != wanted[t]), None):
-            raise UserError(
-                f"The draft model {path} has another tokenizer than the target ({clash!r} is token {own[clash]} of one "
-                f"and {wanted[clash]} of the other): drafts must be in the target's tokens."
-            )
-        if len(own.keys() & wanted.keys()) < 0.98 * min(len(own), len(wanted)):
-            raise UserError(
-                f"The draft model {path} has another tokenizer than the target (they share "
-                f"{len(own.keys() & wanted.keys()):,} of {len(wanted):,} tokens): drafts "
-                f"must be in the target's tokens."
-            )
-    return load_model(folder, dtype=dtype, device=model.device, trust_remote_code=trust_remote_code)
