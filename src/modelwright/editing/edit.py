@@ -1,0 +1,380 @@
+"""An edit: a change of a model that is put on, taken off to the last bit, saved and loaded.
+
+The edits that are on a model form a stack. Of each weight that they touch the original is kept once, whatever the
+number of edits; taking the topmost off puts the original back and repeats the additions of those below, so the result
+has the very bits that were there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from modelwright import catalog, files
+from modelwright.editing.deltas import Delta, from_tensors, join
+from modelwright.editing.fingerprint import model_fingerprint
+from modelwright.editing.requests import EditRequest
+from modelwright.errors import UserError
+from modelwright.models.roles import unwrap
+
+_FORMAT = 1
+
+
+@dataclass
+class _Stack:
+    """The edits on a model, lowest first, and the weights as they were before the first."""
+
+    edits: list[Edit] = field(default_factory=list)
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    handles: dict[int, list[RemovableHandle]] = field(default_factory=dict)
+    base: str | None = None
+
+
+_stacks: weakref.WeakKeyDictionary[nn.Module, _Stack] = weakref.WeakKeyDictionary()
+
+
+def edits_on(model: nn.Module) -> list[Edit]:
+    """Returns the edits that are on a model, lowest first."""
+    stack = _stacks.get(unwrap(model))
+    return list(stack.edits) if stack else []
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Returns the fingerprint of the model below all edits that are on it; statistics of that model fit this one.
+
+    A checkpoint that was saved with edits in it remembers the fingerprint in its config, as ``modelwright_base``.
+    """
+    inner = unwrap(model)
+    recorded = getattr(getattr(inner, "config", None), "modelwright_base", None)
+    if isinstance(recorded, str):
+        return recorded
+    stack = _stacks.get(inner)
+    if stack is None:
+        return model_fingerprint(inner)
+    if stack.base is None:
+        stack.base = model_fingerprint(inner, instead=stack.originals.items())
+    return stack.base
+
+
+@contextlib.contextmanager
+def unedited(model: nn.Module) -> Iterator[None]:
+    """Puts the original weights back inside the block; hooks of edits that change no weights stay."""
+    stack = _stacks.get(unwrap(model)) or _Stack()
+    parameters = dict(unwrap(model).named_parameters())
+    now = {name: parameters[name].detach().clone() for name in stack.originals}
+    try:
+        _write(parameters, stack.originals)
+        yield
+    finally:
+        _write(parameters, now)
+
+
+@torch.no_grad()
+def _write(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+class Edit(ABC):
+    """A change of one model.
+
+    Attributes:
+        method: Name of the editor that made it.
+        fingerprint: Of the model that it was fitted on, as :func:`~modelwright.editing.fingerprint.model_fingerprint`
+            gives it; None fits every model (edits that only change the prompt).
+        requests: What it is for.
+        details: What the editor found on the way, JSON-able: losses, layers, norms.
+        changes_weights: Whether the model's weights are other ones while it is on.
+        kind: Name under which :func:`load_edit` finds the class, as a card's ``[provides.edits]`` gives it.
+    """
+
+    changes_weights: ClassVar[bool] = False
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        method: str,
+        fingerprint: str | None,
+        requests: Sequence[EditRequest] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.method = method
+        self.fingerprint = fingerprint
+        self.requests = tuple(requests)
+        self.details = dict(details or {})
+
+    @abstractmethod
+    def _put_on(self, model: nn.Module, stack: _Stack) -> None:
+        """Changes the unwrapped model; everything is checked before anything is changed."""
+
+    @abstractmethod
+    def _take_off(self, model: nn.Module, stack: _Stack) -> None:
+        """Undoes :meth:`_put_on`; the edit is the topmost, and is still on the stack."""
+
+    @abstractmethod
+    def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Returns what a saved edit needs beside the common fields: JSON, and tensors by name."""
+
+    @classmethod
+    @abstractmethod
+    def _from_state(cls, common: dict[str, Any], state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
+        """Makes an edit of what was saved; ``common`` are the arguments of :class:`Edit`."""
+
+    def prompt(self, question: str) -> str:
+        """Returns what to ask the model instead of a question: the same, unless the edit lives in the prompt."""
+        return question
+
+    def apply_(self, model: nn.Module) -> None:
+        """Puts the edit on a model, in place.
+
+        Raises:
+            UserError: It is on already, or the model is not the one that it was fitted on.
+        """
+        inner = unwrap(model)
+        stack = _stacks.setdefault(inner, _Stack())
+        if any(edit is self for edit in stack.edits):
+            raise UserError(f"This {self.method} edit is on the model already: it can be put on once.")
+        if self.fingerprint is not None and (found := model_fingerprint(inner)) != self.fingerprint:
+            raise UserError(
+                f"The {self.method} edit was fitted on a model with fingerprint {self.fingerprint}, and this one has "
+                f"{found}: it is another model, has edits that the fit did not see, or holds this edit already."
+            )
+        self._put_on(inner, stack)
+        stack.edits.append(self)
+
+    def revert_(self, model: nn.Module) -> None:
+        """Takes the edit off: the weights have the bits that they had before.
+
+        Raises:
+            UserError: It is not on this model, or others were put on after it.
+        """
+        inner = unwrap(model)
+        stack = _stacks.get(inner)
+        if stack is None or not any(edit is self for edit in stack.edits):
+            raise UserError(f"This {self.method} edit is not on the model, so it cannot be taken off.")
+        if stack.edits[-1] is not self:
+            raise UserError(
+                f"{len(stack.edits) - 1 - stack.edits.index(self)} edits were put on after this {self.method} edit: "
+                f"take those off first, the last one first."
+            )
+        self._take_off(inner, stack)
+        stack.edits.pop()
+        if not stack.edits:
+            del _stacks[inner]
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Has the edit on the model inside the block."""
+        self.apply_(model)
+        try:
+            yield model
+        finally:
+            self.revert_(model)
+
+    def save(self, folder: str | Path, force: bool = False) -> None:
+        """Writes a folder (JSON and safetensors) that appears whole or not at all.
+
+        Raises:
+            UserError: It exists and ``force`` is off, or the disk is full.
+        """
+        with files.atomic_path(folder, force) as partial:
+            self.write(partial)
+
+    def write(self, folder: Path) -> None:
+        """Writes the edit into a new folder that the caller keeps or throws away as a whole."""
+        from safetensors.torch import save_file
+
+        state, tensors = self._state()
+        folder.mkdir(parents=True)
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / "edit.safetensors")
+        common = {
+            "format": _FORMAT,
+            "kind": self.kind,
+            "method": self.method,
+            "fingerprint": self.fingerprint,
+            "requests": [request.to_dict() for request in self.requests],
+            "details": self.details,
+        }
+        files.write_json(folder / "edit.json", {**common, "state": state})
+
+
+def load_edit(folder: str | Path) -> Edit:
+    """Reads an edit that :meth:`Edit.save` wrote; no code but this toolkit's is run.
+
+    Raises:
+        UserError: The folder holds none, or a damaged one, or one of an unknown kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / "edit.json").is_file():
+        raise UserError(f"{folder} holds no edit (no edit.json): give a folder that an edit was saved to.")
+    raw = files.read_json(folder / "edit.json")
+    if not isinstance(raw, dict) or raw.get("format") != _FORMAT:
+        raise UserError(f"{folder / 'edit.json'} is not an edit of format {_FORMAT}, the only one known here.")
+    try:
+        tensors = load_file(folder / "edit.safetensors")
+        kind = raw["kind"]
+        cls = WeightEdit if kind == WeightEdit.kind else catalog.load("edits", kind)
+        common = {
+            "method": raw["method"],
+            "fingerprint": raw["fingerprint"],
+            "requests": [EditRequest.from_dict(row) for row in raw["requests"]],
+            "details": raw["details"],
+        }
+        return cls._from_state(common, raw["state"], tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"The edit in {folder} is damaged ({reason}): fit it again, or copy it again.") from error
+
+
+@torch.no_grad()
+def revert_all(model: nn.Module) -> None:
+    """Takes all edits off a model; the weights have the bits that they had before the first."""
+    while edits := edits_on(model):
+        edits[-1].revert_(model)
+
+
+class WeightEdit(Edit):
+    """An edit that adds to weights.
+
+    Attributes:
+        deltas: Parameter name, as in the unwrapped model's ``named_parameters``, to what is added.
+    """
+
+    changes_weights: ClassVar[bool] = True
+    kind: ClassVar[str] = "weights"
+
+    def __init__(
+        self,
+        method: str,
+        fingerprint: str | None,
+        deltas: Mapping[str, Delta],
+        requests: Sequence[EditRequest] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(method, fingerprint, requests, details)
+        self.deltas = dict(deltas)
+        for name, delta in self.deltas.items():
+            if not delta.is_finite():
+                raise UserError(
+                    f"The {method} edit of '{name}' is not finite: the optimisation diverged or the statistics are "
+                    f"singular (more text, a larger ridge or a smaller learning rate may help)."
+                )
+
+    def norms(self) -> dict[str, float]:
+        """Returns the Frobenius norm of what is added to each parameter."""
+        return {name: delta.norm() for name, delta in self.deltas.items()}
+
+    @torch.no_grad()
+    def _put_on(self, model: nn.Module, stack: _Stack) -> None:
+        parameters = dict(model.named_parameters())
+        for name, delta in self.deltas.items():
+            check_editable(model, name)
+            if delta.shape != parameters[name].shape:
+                raise UserError(
+                    f"The {self.method} edit of '{name}' has shape {tuple(delta.shape)}, but the model's weight has "
+                    f"{tuple(parameters[name].shape)}: it is another model's."
+                )
+        # All sums first: memory may run out, and then nothing must have changed.
+        values = {name: delta.added_to(parameters[name]) for name, delta in self.deltas.items()}
+        for name in self.deltas:
+            stack.originals.setdefault(name, parameters[name].detach().clone())
+        _write(parameters, values)
+
+    @torch.no_grad()
+    def _take_off(self, model: nn.Module, stack: _Stack) -> None:
+        parameters = dict(model.named_parameters())
+        below = [edit for edit in stack.edits[:-1] if isinstance(edit, WeightEdit)]
+        for name in self.deltas:
+            value, touched = stack.originals[name], False
+            for edit in below:
+                if name in edit.deltas:
+                    value, touched = edit.deltas[name].added_to(value), True
+            parameters[name].copy_(value)
+            if not touched:
+                del stack.originals[name]
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        state: dict[str, Any] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, delta in self.deltas.items():
+            state[name], parts = delta.to_tensors()
+            tensors |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
+        return {"deltas": state}, tensors
+
+    @classmethod
+    def _from_state(cls, common: dict[str, Any], state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
+        deltas = {}
+        for name, described in state["deltas"].items():
+            parts = {key.rsplit(":", 1)[1]: t for key, t in tensors.items() if key.rsplit(":", 1)[0] == name}
+            deltas[name] = from_tensors(described, parts)
+        return cls(common["method"], common["fingerprint"], deltas, common["requests"], common["details"])
+
+
+class HookEdit(Edit):
+    """An edit that changes what modules return and no weight: memories that are looked up on the way (GRACE, SERAC)."""
+
+    @abstractmethod
+    def _hook(self, model: nn.Module) -> list[RemovableHandle]:
+        """Registers the hooks on the unwrapped model; returns what removes them."""
+
+    def _put_on(self, model: nn.Module, stack: _Stack) -> None:
+        stack.handles[id(self)] = self._hook(model)
+
+    def _take_off(self, model: nn.Module, stack: _Stack) -> None:
+        for handle in stack.handles.pop(id(self)):
+            handle.remove()
+
+
+def merge(edits: Sequence[WeightEdit]) -> WeightEdit:
+    """Returns one edit that adds what several add, each fitted with those before it on the model.
+
+    Factors are laid side by side, so the rank is the sum of the ranks. The sums are those of the stack up to rounding.
+
+    Raises:
+        UserError: There is none, or one of them changes no weights.
+    """
+    if not edits or not all(isinstance(edit, WeightEdit) for edit in edits):
+        raise UserError("Only edits that add to weights can be merged: give at least one, and no other kind.")
+    deltas: dict[str, Delta] = {}
+    for edit in edits:
+        for name, delta in edit.deltas.items():
+            deltas[name] = join(deltas[name], delta) if name in deltas else delta
+    methods = list(dict.fromkeys(edit.method for edit in edits))
+    details = {"merged": [edit.details for edit in edits]}
+    requests = [request for edit in edits for request in edit.requests]
+    return WeightEdit("+".join(methods), edits[0].fingerprint, deltas, requests, details)
+
+
+def check_editable(model: nn.Module, name: str) -> None:
+    """Refuses a parameter that cannot take a sum, or that another part of the model shares.
+
+    Raises:
+        UserError: No such parameter; it is quantised; or it is tied to another.
+    """
+    inner = unwrap(model)
+    everywhere = list(inner.named_parameters(remove_duplicate=False))
+    found = next((p for n, p in everywhere if n == name), None)
+    if found is None:
+        raise UserError(f"The model has no parameter '{name}': the edit is another model's, or an adapter renamed it.")
+    if not found.is_floating_point() or found.element_size() < 2 or hasattr(found, "quant_state"):
+        raise UserError(
+            f"The weight '{name}' is quantised ({str(found.dtype).removeprefix('torch.')}): load the model in float32 "
+            f"or bfloat16 to edit it."
+        )
+    if found.is_meta:
+        raise UserError(f"The weight '{name}' is not in memory (offloaded): load the model whole to edit it.")
+    tied = [n for n, p in everywhere if p is found and n != name]
+    if tied:
+        raise UserError(f"The weight '{name}' is tied to '{tied[0]}': an edit would change both. Untie them first.")
