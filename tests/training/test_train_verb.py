@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +157,19 @@ def test_killed_at_any_moment_the_next_run_ends_the_same(folder, tmp_path):
 
 def newest(work):
     return max((int(p.parent.name.split("-")[1]) for p in work.glob("checkpoint-*/modelwright.json")), default=0)
+
+
+def test_what_makes_a_checkpoint_whole_appears_whole(folder, tmp_path, monkeypatch):
+    seen, replace = [], Path.replace
+
+    def watched(self, target):
+        if Path(target).name == "modelwright.json":
+            seen.append((Path(target).exists(), sorted(json.loads(self.read_text()))))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    verb(folder, tmp_path / "m", save_every=20).run(Silent())
+    assert seen == [(False, ["losses", "noted", "seconds"])] * 2
 
 
 def test_two_at_once_are_refused(folder, tmp_path):

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from modelwright.errors import UserError
-from modelwright.files import read_json, write_json
+from modelwright.files import atomic_path, read_json, write_json
 from modelwright.progress import Progress
 
 #: Written last into a checkpoint: one without it was cut short and is not resumed from.
@@ -142,7 +142,9 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             state = {"losses": self._losses, "noted": self._noted, "seconds": self.clock.total}
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            (folder / _COMPLETE).write_text(json.dumps(state))
+            # At once or not at all: killed between the file and its words, no run could go on from here.
+            with atomic_path(folder / _COMPLETE, force=True) as partial:
+                partial.write_text(json.dumps(state))
         self.clock.start()
 
     def _over_processes(self, values: list[float]) -> list[float]:

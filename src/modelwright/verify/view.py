@@ -106,7 +106,8 @@ def bar_rows(document: Mapping[str, Any]) -> list[BarRow]:
             if bound is not None:
                 seen += f", lower bound {number(bound, digits, sign=True)}"
         if bar["missing_seeds"]:
-            seen += f"; missing or not finite on {bar['missing_seeds']} seeds"
+            seeds = bar["missing_seeds"] + len(bar["gains"])
+            seen += f"; no finite value on {bar['missing_seeds']} of {seeds} seeds"
         met = {True: "met", False: "not met", None: "–"}[bar["met"]]
         rows.append(BarRow(bar["statement"], seen, f"at least {number(margin, digits, sign=True)}", met))
     return rows
