@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from modelwright.cli import main
 from modelwright.cli.from_verb import _parse_pairs, _show
+from modelwright.cli.guard import guarded
 from modelwright.errors import UserError
 from modelwright.verbs import VERBS
 
@@ -130,6 +132,26 @@ def test_ctrl_c_before_the_verb_runs_is_no_traceback(monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 130
+
+
+def test_a_process_of_a_distributed_run_ends_at_once_after_its_message(monkeypatch, capsys):
+    """What ends later may be aborted by a thread of the communication, and the launcher would report a signal."""
+
+    def refused():
+        raise UserError("a process has ended")
+
+    def ended(code):
+        raise AssertionError(f"ended with {code}")
+
+    group = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
+    monkeypatch.setitem(sys.modules, "torch.distributed", group)
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises(AssertionError, match="ended with 2"):
+        guarded(refused)()
+    assert capsys.readouterr().err == "modelwright: error: a process has ended\n"
+    group.get_world_size = lambda: 1
+    with pytest.raises(SystemExit, match="2"):
+        guarded(refused)()
 
 
 def test_a_closed_pipe_is_not_an_error():

@@ -24,7 +24,22 @@ def _on_sigterm(signum: int, frame: Any) -> None:
 def _fail(message: str, code: int) -> None:
     sys.stderr.write(f"modelwright: {message}\n")
     sys.stderr.flush()
+    _end_if_distributed(code)
     raise SystemExit(code)
+
+
+def _end_if_distributed(code: int) -> None:
+    """Ends a process of a distributed run at once, without the interpreter's own end.
+
+    Threads of the communication may still hold tensors, and one that drops its last while Python is being finalised
+    aborts the process: the launcher would report a signal where there was a clear message.
+    """
+    distributed = sys.modules.get("torch.distributed")  # not to be imported for this
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
