@@ -13,6 +13,7 @@ from transformers import (
     StaticCache,
     StoppingCriteriaList,
     StopStringCriteria,
+    TextIteratorStreamer,
     TopKLogitsWarper,
 )
 
@@ -143,6 +144,62 @@ def test_a_model_that_drafts_for_itself_is_always_accepted():
     assert decode.stats.target_calls == 4
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"suppress_tokens": list(range(50, 99))}])
+def test_scores_and_logits_are_stock_ones(options):
+    model = endless("llama").double()
+    inputs = encoded(PROMPTS)
+    keys = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, "eos_token_id": list(range(3, 60)), **options}
+    keys |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    wanted = model.generate(**inputs, **keys)
+    found = model.generate(**inputs, **keys, custom_generate=MultiDraftDecoding(near(model), num_drafts=2))
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert len(found.scores) == len(found.logits) == len(wanted.scores)
+    going = torch.ones(len(PROMPTS), dtype=torch.bool)
+    for step, token in enumerate(wanted.sequences[:, inputs["input_ids"].shape[1] :].T):
+        for mine, theirs in ((found.scores, wanted.scores), (found.logits, wanted.logits)):
+            torch.testing.assert_close(mine[step][going], theirs[step][going].float(), rtol=0, atol=1e-5)
+            assert (mine[step][~going].argmax(-1) == 0).all()
+        going &= ~((token >= 3) & (token < 60))
+    assert not going.all()
+    sums = model.compute_transition_scores(found.sequences, found.scores, normalize_logits=True).sum(1)
+    assert torch.isfinite(sums).all()
+
+
+def test_several_samples_of_a_prompt():
+    model = endless("llama")
+    keys = {"do_sample": True, "max_new_tokens": 9, "num_return_sequences": 3}
+    decode = MultiDraftDecoding(near(model), num_drafts=2)
+    out = model.generate(**encoded(PROMPTS), **keys, custom_generate=decode)
+    assert out.shape == (9, encoded(PROMPTS)["input_ids"].shape[1] + 9)
+    assert torch.equal(out[:, :-9], encoded(PROMPTS)["input_ids"].repeat_interleave(3, 0))
+    assert len({tuple(row.tolist()) for row in out}) > 6
+
+
+def test_tokens_are_streamed_as_they_come():
+    model = endless("llama")
+    streamer = TextIteratorStreamer(TOKENIZER, skip_prompt=True, timeout=5)
+    decode = MultiDraftDecoding(near(model), num_drafts=2, streamer=streamer)
+    put = []
+    streamer.put = lambda value, put_one=streamer.put: (put.append(value.numel()), put_one(value))
+    inputs = encoded(PROMPTS[1:2])
+    out = model.generate(**inputs, max_new_tokens=12, do_sample=False, custom_generate=decode)
+    length = inputs["input_ids"].shape[1]
+    assert "".join(streamer) == TOKENIZER.decode(out[0, length:])
+    assert put[0] == length
+    assert sum(put[1:]) == 12 > len(put) - 1
+
+    # Whoever reads must not wait for ever where the loop failed.
+    def fail(ids, scores):
+        raise UserError("no")
+
+    streamer = decode.streamer = TextIteratorStreamer(TOKENIZER, timeout=5)
+    with pytest.raises(UserError, match="no"):
+        model.generate(
+            **inputs, max_new_tokens=12, custom_generate=decode, logits_processor=LogitsProcessorList([fail])
+        )
+    assert "".join(streamer).startswith(PROMPTS[1][:5])
+
+
 def test_the_cache_that_is_returned_goes_on():
     model = endless("llama").double()
     decode = MultiDraftDecoding(near(model), num_drafts=2)
@@ -180,8 +237,8 @@ def test_drafts_are_drawn_from_the_assistants_own_law():
     processors = LogitsProcessorList([TopKLogitsWarper(5), RepetitionPenaltyLogitsProcessor(1.6)])
     shaper = Shaper(processors, 2)
     proposer = AssistantDrafts(model=model, num_drafts=3, temperature=1.7).start(model, shaper, False)
-    buffers = torch.tensor([[0, 0, 5, 6, 7, 0, 0, 0], [4, 9, 8, 7, 6, 0, 0, 0]])
-    rows = [Row(b, buffers[b], 5, 2 * (1 - b), torch.Generator().manual_seed(b)) for b in range(2)]
+    prompts = torch.tensor([[0, 0, 5, 6, 7], [4, 9, 8, 7, 6]])
+    rows = [Row(b, prompts[b], 2 * (1 - b), longest=8, generator=torch.Generator().manual_seed(b)) for b in range(2)]
     seen = set()
     for step in range(2):
         for row, some in zip(rows, proposer.propose(rows, [3, 2]), strict=True):
@@ -197,7 +254,7 @@ def test_drafts_are_drawn_from_the_assistants_own_law():
                     assert law[token] > 0
         rows = rows[step:]
         for row in rows:
-            row.buffer[5], row.length = 3, 6
+            row.append(3)
     assert len(seen) > 3
 
 
@@ -298,7 +355,9 @@ def test_the_law_of_two_tokens_is_the_targets_by_enumeration(monkeypatch, verifi
     end = prompt.shape[1] + 2
     enough = StoppingCriteriaList([lambda ids, _: torch.tensor([ids.shape[1] >= end])])
     branches = None
-    monkeypatch.setattr(drafts, "draw", lambda weights, _: branches.choose(weights))
+    monkeypatch.setattr(
+        drafts, "draw_rows", lambda laws, _: torch.tensor([branches.choose(weights) for weights in laws])
+    )
     monkeypatch.setattr(decoding, "draw", lambda weights, _: branches.choose(weights))
     monkeypatch.setattr(verifiers.Outcome, "draw", lambda self, *_: branches.choose(self.law(3)))
     law, todo = np.zeros((3, 3)), [[]]
@@ -400,6 +459,22 @@ def test_windows_that_are_not_outgrown_do_not_matter():
 
 
 @pytest.mark.parametrize("layout", ["auto", "rows"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
+def test_windows_that_are_outgrown_are_kept_by_the_mask(family, layout):
+    """Every key stays in the cache, so nothing has to be rolled back; the mask still hides what is out of sight."""
+    model = endless(family, sliding_window=6, initializer_range=0.2)
+    wide = endless(family, sliding_window=64, initializer_range=0.2)
+    wide.load_state_dict(model.state_dict())
+    decode = MultiDraftDecoding([near(model, 0.2), endless(family, sliding_window=5)], num_drafts=2, layout=layout)
+    for prompts in (PROMPTS, PROMPTS[1:2]):
+        inputs = encoded(prompts)
+        wanted = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        assert not torch.equal(wanted, wide.generate(**inputs, max_new_tokens=24, do_sample=False))
+        assert torch.equal(model.generate(**inputs, max_new_tokens=24, do_sample=False, custom_generate=decode), wanted)
+    assert 0 < decode.stats.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("layout", ["auto", "rows"])
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[1:2]], ids=["batch", "single"])
 def test_greedy_output_under_shifted_positions(layout, prompts):
     """STRING counts distances by place in the sequence, so drafts must not share one."""
@@ -430,6 +505,13 @@ def test_half_precision_runs(dtype):
         assert out.shape[1] == encoded(PROMPTS)["input_ids"].shape[1] + 10
 
 
+def read(model, count):
+    """A cache of a model's own kind with some tokens in it."""
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([[5] * count]), past_key_values=cache)
+    return cache
+
+
 def refused(model=None, decode=None, **keys):
     model = model or endless("llama")
     decode = decode or MultiDraftDecoding(tiny_model("llama", seed=4))
@@ -449,13 +531,27 @@ def refused(model=None, decode=None, **keys):
         (lambda: MultiDraftDecoding([], draft_temperature=[1.0]), "1 draft temperatures for 0 draft models"),
         (lambda: AssistantDrafts(model=None, temperature=0.0), "above 0, not 0.0"),
         (lambda: PromptLookupDrafts(longest=1, shortest=2), "1 <= shortest <= longest"),
-        (lambda: refused(tiny_model("gemma2"), max_new_tokens=20), "sliding windows"),
+        (
+            lambda: refused(
+                tiny_model("gemma2"), MultiDraftDecoding(prompt_lookup=True, layout="tree"), max_new_tokens=20
+            ),
+            "outgrow the model's sliding windows",
+        ),
+        (
+            lambda: refused(tiny_model("gemma2"), past_key_values=read(tiny_model("gemma2"), 4)),
+            "sliding windows, which",
+        ),
         (lambda: refused(tiny_model("mamba2")), "state is recurrent"),
         (lambda: refused(cache_implementation="static"), "StaticLayer"),
         (lambda: refused(past_key_values=StaticCache(tiny_model("llama").config, 64)), "StaticLayer"),
         (lambda: refused(use_cache=False), "use_cache is off"),
         (lambda: refused(num_beams=2), "leave out num_beams"),
-        (lambda: refused(output_scores=True, return_dict_in_generate=True), "output_scores"),
+        (lambda: refused(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
+        (lambda: refused(position_ids=torch.tensor([[3]])), "leave out position_ids"),
+        (
+            lambda: refused(**encoded(PROMPTS), decode=MultiDraftDecoding(prompt_lookup=True, streamer=object())),
+            "one prompt at a time, not 3",
+        ),
         (lambda: refused(decode=MultiDraftDecoding(early_exit=2)), "fewer than the model's 2 layers"),
         (lambda: refused(decode=MultiDraftDecoding(tiny_model("mamba2"))), "state is recurrent"),
         (lambda: refused(guidance_scale=2.0), "leave its option out"),

@@ -66,8 +66,8 @@ def test_drafts_are_scored_as_if_each_stood_alone(family, attention, layout):
             for k, draft in enumerate(some):
                 wanted = alone(model, prompt + draft)[len(prompt) - 1 :]
                 for depth in range(len(draft) + 1):
-                    torch.testing.assert_close(scored.logits(b, k, depth), wanted[depth], **close)
-            torch.testing.assert_close(scored.logits(b, 0, 0), alone(model, prompt)[-1], **close)
+                    torch.testing.assert_close(scored.scores[scored.place(b, k, depth)], wanted[depth], **close)
+            torch.testing.assert_close(scored.scores[scored.place(b, 0, 0)], alone(model, prompt)[-1], **close)
 
 
 @pytest.mark.parametrize("layout", [TreeScores, RowScores])

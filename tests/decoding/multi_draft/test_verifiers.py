@@ -9,8 +9,8 @@ import torch
 
 from decoding.multi_draft.law_cases import cases, random_law
 from modelwright.decoding.multi_draft import VERIFIERS, Verifier, acceptance_probability, multi_draft_verify
+from modelwright.decoding.multi_draft.draws import Uniforms, draw, draw_rows
 from modelwright.decoding.multi_draft.laws import as_law
-from modelwright.decoding.multi_draft.verifiers import draw
 from modelwright.errors import UserError
 
 SETTINGS = [
@@ -80,12 +80,12 @@ def test_drawn_tokens_have_the_targets_law(method):
 
     rng = np.random.default_rng(8)
     p, q = random_law(6, rng, zeros=0), random_law(6, rng, zeros=0)
-    generator = torch.Generator().manual_seed(9)
+    uniform = Uniforms(torch.Generator().manual_seed(9))
     rule = Verifier(method=method).prepare([p, p], q)
     counts, accepted = np.zeros(6), 0
     for _ in range(50_000):
-        tokens = [draw(p, generator), draw(p, generator)]
-        token = rule.given(tokens).draw(generator, q.device)
+        tokens = [draw(p, uniform), draw(p, uniform)]
+        token = rule.given(tokens).draw(uniform)
         counts[token] += 1
         accepted += token in tokens
     assert chisquare(counts, 50_000 * q.numpy()).pvalue > 1e-3
@@ -114,13 +114,24 @@ def test_arrays_and_lists_will_do():
     assert multi_draft_verify(np.array([1]), np.array([0.0, 1.0]), [0.0, 1.0], "priority").token == 1
 
 
-def test_a_token_of_weight_zero_is_never_drawn(monkeypatch):
-    from modelwright.decoding.multi_draft import verifiers
-
+def test_a_token_of_weight_zero_is_never_drawn():
     weights = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
-    for point, token in ((0.0, 1), (0.29, 1), (0.31, 3), (math.nextafter(1, 0), 3)):
-        monkeypatch.setattr(verifiers, "uniform", lambda *_, point=point: point)
-        assert verifiers.draw(weights) == token
+    points, tokens = (0.0, 0.29, 0.31, math.nextafter(1, 0)), [1, 1, 3, 3]
+    assert [draw(weights, lambda point=point: point) for point in points] == tokens
+    several = draw_rows(weights.expand(4, 5), torch.tensor(points, dtype=torch.float64))
+    assert several.tolist() == tokens
+    assert draw_rows(torch.tensor([[1.0, 0], [0, 1]]).double(), torch.tensor([0.9, 0.1]).double()).tolist() == [0, 1]
+
+
+def test_numbers_do_not_depend_on_how_many_are_fetched():
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    many, few = Uniforms(generators[0], at_once=7), Uniforms(generators[1], at_once=1)
+    assert [many() for _ in range(20)] == [few() for _ in range(20)]
+
+
+def test_scores_that_are_no_numbers_are_an_error():
+    with pytest.raises(UserError, match="not numbers"):
+        draw(torch.tensor([0.5, float("nan")]), lambda: 0.2)
 
 
 P, Q = [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]

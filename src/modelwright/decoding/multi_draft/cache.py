@@ -7,6 +7,7 @@ reads the cache with a two-dimensional mask sees nothing unusual.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ def check_cache(cache: Any, model: PreTrainedModel) -> None:
         )
     if any(getattr(cache, "is_sliding", [])):
         raise UserError(
-            f"The cache of {name} has sliding windows, which forget what a rejected draft would need again: "
-            "multi-draft decoding works with them only if all tokens of a call fit into the window."
+            f"The cache given to {name} has sliding windows, which forgot what a rejected draft would need again: "
+            "leave out past_key_values and cache_implementation."
         )
     for layer in cache.layers:
         if not isinstance(layer, DynamicLayer) or isinstance(layer, BaseQuantizedLayer):
@@ -49,15 +50,29 @@ def check_cache(cache: Any, model: PreTrainedModel) -> None:
         raise UserError("Multi-draft decoding does not work with an offloaded cache: leave out cache_implementation.")
 
 
-def without_windows(cache: Any, tokens: int) -> Any:
-    """Returns a cache of full attention in place of an empty one with sliding windows that nothing will outgrow."""
-    sliding = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "is_sliding", False)]
-    windows = [getattr(layer, "sliding_window", 0) for layer in sliding]
+def without_windows(cache: Any) -> Any:
+    """Returns a cache that keeps every key in place of an empty dynamic one with sliding windows.
+
+    The windows are then the mask's alone, so that rejected tokens can be taken out; it needs the memory of full
+    attention.
+    """
+    layers = getattr(cache, "layers", [])
     # Static caches can be sliding too, and stay for check_cache to refuse.
-    dynamic = all(isinstance(layer, DynamicLayer) for layer in sliding)
-    if sliding and dynamic and cache.get_seq_length() == 0 and tokens < min(windows):
+    plain = all(isinstance(layer, DynamicLayer) and not isinstance(layer, BaseQuantizedLayer) for layer in layers)
+    if any(getattr(cache, "is_sliding", [])) and plain and cache.get_seq_length() == 0:
         return DynamicCache()
     return cache
+
+
+def full_cache(model: PreTrainedModel) -> Any:
+    """Returns an empty cache of the kind that a model needs, without sliding windows."""
+    return without_windows(DynamicCache(config=model.config.get_text_config(decoder=True)))
+
+
+def windows_of(cache: Any) -> float:
+    """Returns the shortest sliding window of a cache's layers, in tokens; infinity if there is none."""
+    layers = getattr(cache, "layers", [])
+    return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=math.inf)
 
 
 class Kept:
@@ -77,8 +92,15 @@ class Kept:
         """Columns of the cache."""
         return int(self.cache.get_seq_length())
 
+    @property
+    def full(self) -> bool:
+        """Whether all columns of all sequences are held, so that there is no padding."""
+        return min(self.held) == self.width
+
     def mask(self, new: Tensor) -> Tensor:
         """Returns the two-dimensional mask ``(rows, width + n)`` of what is held and of new columns ``(rows, n)``."""
+        if self.full:
+            return torch.cat([new.new_ones(len(self.held), self.width), new], 1)
         columns = torch.arange(self.width, device=new.device)
         first = torch.tensor([self.width - h for h in self.held], device=new.device)
         return torch.cat([(columns >= first[:, None]).to(new.dtype), new], 1)
@@ -129,12 +151,17 @@ class Kept:
         return self._layers()[0].keys.device
 
     def _keep_tail(self, width: int, columns: list[int], count: int) -> None:
-        if columns != list(range(len(columns))):
+        # The first columns are often in place already.
+        kept = next((i for i, column in enumerate(columns) if i != column), len(columns))
+        if kept < len(columns):
+            sources: dict[torch.device, Tensor] = {}
+            target = slice(width + kept, width + len(columns))
             for layer in self._layers():
-                source = torch.tensor(columns, device=layer.keys.device) + width
-                target = slice(width, width + len(columns))
-                layer.keys[..., target, :] = layer.keys[..., source, :]
-                layer.values[..., target, :] = layer.values[..., source, :]
+                device = layer.keys.device
+                if device not in sources:
+                    sources[device] = torch.tensor(columns[kept:], device=device) + width
+                for kind in (layer.keys, layer.values):
+                    kind[..., target, :] = kind.index_select(-2, sources[device])
         self.cache.crop(len(columns) - count)
 
     def _gather(self, rows: Tensor, index: Tensor) -> None:
@@ -157,12 +184,15 @@ class Forward:
         self.names = set(inspect.signature(model.forward).parameters)
         self.calls = 0
 
-    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, last: bool = False) -> Tensor:
+    def __call__(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, *, last: bool = False
+    ) -> Tensor:
         """Returns logits ``(rows, n, V)``, or ``(rows, 1, V)`` of the last tokens if ``last``.
 
         Args:
             ids: Tokens ``(rows, n)``.
-            mask: ``(rows, width + n)``, or ``(rows, 1, n, width + n)`` as the attention function takes it.
+            mask: ``(rows, width + n)``, or ``(rows, 1, n, width + n)`` as the attention function takes it; None where
+                nothing is padding.
             positions: Position of each token, ``(rows, n)``.
             cache: Is grown by n columns.
             last: Whether only the last column is needed.

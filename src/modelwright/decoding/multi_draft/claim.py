@@ -199,9 +199,9 @@ def _blocks(
     variant: str, target: Any, draft: Any, start: Sequence[int], setting: Setting, generator: torch.Generator
 ) -> float:
     """Generates blocks one after the other; returns the tokens a block."""
-    from modelwright.decoding.multi_draft.verifiers import draw
+    from modelwright.decoding.multi_draft.draws import Uniforms, draw
 
-    verifier = _verifier(variant)
+    verifier, uniform = _verifier(variant), Uniforms(generator)
     rules: dict[tuple[tuple[int, ...], int], Any] = {}
     text, tokens = list(start), 0
     count = 1 if variant == "single" else DRAFTS
@@ -209,7 +209,7 @@ def _blocks(
         drafts = [list(text) for _ in range(count)]
         for _ in range(setting.length):
             for path in drafts:
-                path.append(draw(draft(path), generator))
+                path.append(draw(draft(path), uniform))
         alive = drafts
         for _ in range(setting.length):
             proposed = [path[len(text)] for path in alive]
@@ -217,14 +217,14 @@ def _blocks(
             key = (tuple(text[-8:]), len(alive))
             if key not in rules:
                 rules[key] = verifier.prepare([draft(text)] * len(alive), target(text))
-            token = rules[key].given(proposed).draw(generator, target(text).device)
+            token = rules[key].given(proposed).draw(uniform)
             alive = [path for path, own in zip(alive, proposed, strict=True) if own == token]
             text.append(token)
             tokens += 1
             if not alive:
                 break
         else:
-            text.append(draw(target(text), generator))
+            text.append(draw(target(text), uniform))
             tokens += 1
     return tokens / setting.blocks
 

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from modelwright.decoding.multi_draft.cache import Forward, Kept, check_cache
+from modelwright.decoding.multi_draft.cache import Forward, Kept, check_cache, full_cache
+from modelwright.decoding.multi_draft.draws import draw_rows
 from modelwright.decoding.multi_draft.sampling import Row, Shaper, as_probabilities
 from modelwright.decoding.multi_draft.tree import Draft
-from modelwright.decoding.multi_draft.verifiers import draw
 from modelwright.errors import UserError
 from modelwright.models.scoring import context_length
 
@@ -211,109 +210,123 @@ class _AssistantProposer:
             lengths = [max(0, min(pair)) if min(room) > 0 else 0 for pair in zip(lengths, room, strict=True)]
         if max(lengths) < 1:
             return [[] for _ in rows]
-        logits = self._catch_up(rows)
-        tokens, laws = self._sample(rows, logits, lengths)
+        drawn, laws = self._sample(rows, self._catch_up(rows), lengths)
+        tokens = drawn.tolist()
         count = self.options.num_drafts
-        return [
-            [
-                Sampled(tokens[b * count + k][: lengths[b]], laws[b * count + k][: lengths[b]])
-                for k in range(count)
-                if lengths[b] > 0
-            ]
-            for b in range(len(rows))
-        ]
+        drafts: list[list[Draft]] = []
+        for b, length in enumerate(lengths):
+            # Drafts of one beginning share a law, which they were drawn from; one object, so that this is seen at once.
+            shared: dict[tuple[int, ...], Tensor] = {}
+            some: list[Draft] = []
+            for k in range(b * count, (b + 1) * count if length > 0 else 0):
+                path = tokens[k][:length]
+                if max(path) >= self.vocabulary:
+                    raise UserError("A draft model's scores of the next token are not numbers: try another dtype.")
+                own = [shared.setdefault(tuple(path[:depth]), law[k]) for depth, law in enumerate(laws[:length])]
+                some.append(Sampled(path, own))
+            drafts.append(some)
+        return drafts
 
     def _catch_up(self, rows: Sequence[Row]) -> Tensor:
         """Feeds what was generated since the last step; returns the logits of what comes next, ``(rows, V)``."""
         if self.kept is None:
-            self.kept = Kept(
-                DynamicCache(config=self.forward.model.config.get_text_config(decoder=True)), [0] * len(rows)
-            )
-            if any(self.kept.cache.is_sliding):
-                # Windows would have to be rolled back; with every key kept, the model's own mask still applies them.
-                self.kept.cache = DynamicCache()
+            # With every key kept, a model's own mask still applies its windows: nothing has to be rolled back.
+            self.kept = Kept(full_cache(self.forward.model), [0] * len(rows))
             check_cache(self.kept.cache, self.forward.model)
         else:
             at = {id(row): i for i, row in enumerate(self.rows)}
             self.kept.select([at[id(row)] for row in rows])
         self.rows = list(rows)
         kept = self.kept
-        pending = [row.buffer[row.padding + held : row.length] for row, held in zip(rows, kept.held, strict=True)]
+        pending = [row.host[row.padding + held : row.length] for row, held in zip(rows, kept.held, strict=True)]
         count = max(len(p) for p in pending)
-        ids = torch.zeros(len(rows), count, dtype=torch.long, device=self.device)
-        there = torch.zeros_like(ids)
-        positions = torch.zeros_like(ids)
+        columns = torch.zeros(3, len(rows), count, dtype=torch.long)
         for b, part in enumerate(pending):
-            ids[b, count - len(part) :] = part.to(self.device)
-            there[b, count - len(part) :] = 1
-            positions[b, count - len(part) :] = torch.arange(kept.held[b], kept.held[b] + len(part))
-        logits = self.forward(self._known(ids), kept.mask(there), positions, kept.cache, last=True)[:, -1]
+            last = slice(count - len(part), count)
+            columns[0, b, last] = part
+            columns[1, b, last] = torch.arange(kept.held[b], kept.held[b] + len(part))
+            columns[2, b, last] = 1
+        ids, positions, there = columns.to(self.device)
+        full = kept.full and all(len(part) == count for part in pending)
+        mask = None if full else kept.mask(there)
+        logits = self.forward(self._known(ids), mask, positions, kept.cache, last=True)[:, -1]
         kept.commit(range(len(rows)), [range(count - len(p), count) for p in pending], count)
         return logits
 
-    def _sample(
-        self, rows: Sequence[Row], logits: Tensor, lengths: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[Tensor]]]:
-        """Returns tokens and laws of all drafts, sequence by sequence; the cache is as before afterwards."""
-        kept, count = self.kept, self.options.num_drafts
+    def _sample(self, rows: Sequence[Row], logits: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Draws all drafts, without waiting for the device; the cache is as before afterwards.
+
+        Returns:
+            Tokens ``(rows * K, longest)``, sequence by sequence; and by depth their laws, ``(rows * K, V)`` each.
+        """
+        kept, count, longest = self.kept, self.options.num_drafts, max(lengths)
         assert kept is not None
-        tokens: list[list[int]] = [[] for _ in range(len(rows) * count)]
-        laws: list[list[Tensor]] = [[] for _ in tokens]
         # Appending makes new tensors, so the old ones are the cache to come back to.
         before = [(layer, layer.keys, layer.values) for layer in kept.cache.layers]
-        held = torch.tensor(kept.held, device=self.device).repeat_interleave(count)
-        mask = kept.mask(torch.zeros(len(rows), 0, dtype=torch.long, device=self.device)).repeat_interleave(count, 0)
-        self._extend(rows, tokens, laws, logits, [b for b in range(len(rows)) for _ in range(count)], lengths)
-        for depth in range(1, max(lengths)):
+        held = [h for h in kept.held for _ in range(count)]
+        mask = None
+        if not kept.full:
+            empty = torch.zeros(len(rows), 0, dtype=torch.long, device=self.device)
+            mask = kept.mask(empty).repeat_interleave(count, 0)
+        positions = (torch.arange(longest)[:, None, None] + torch.tensor(held)[:, None]).to(self.device)
+        device = rows[0].device
+        # A sequence's random numbers must not depend on how far others want to look: none without need.
+        points = torch.tensor(
+            [
+                [row.uniform() if depth < length and not self.greedy else 0.0 for depth in range(longest)]
+                for row, length in zip(rows, lengths, strict=True)
+                for _ in range(count)
+            ],
+            dtype=torch.float64,
+        ).T.to(device)
+        tokens = torch.zeros(len(held), 0, dtype=torch.long, device=device)
+        laws: list[Tensor] = []
+        for depth in range(longest):
             if depth == 1 and count > 1:
                 kept.cache.batch_repeat_interleave(count)
-            mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], 1)
-            new = self._known(torch.tensor([[draft[-1]] for draft in tokens], device=self.device))
-            logits = self.forward(new, mask, (held + depth - 1)[:, None], kept.cache, last=True)[:, -1]
-            self._extend(rows, tokens, laws, logits, list(range(len(tokens))), lengths)
+            if depth:
+                if mask is not None:
+                    mask = torch.cat([mask, mask.new_ones(len(held), 1)], 1)
+                new = self._known(tokens[:, -1:].to(self.device))
+                logits = self.forward(new, mask, positions[depth - 1], kept.cache, last=True)[:, -1]
+            found, law = self._next(rows, logits.to(device), tokens, points[depth])
+            tokens = torch.cat([tokens, found[:, None]], 1)
+            if law is not None:
+                laws.append(law)
         for layer, keys, values in before:
             layer.keys, layer.values = keys, values
         return tokens, laws
 
-    def _extend(
-        self,
-        rows: Sequence[Row],
-        tokens: list[list[int]],
-        laws: list[list[Tensor]],
-        logits: Tensor,
-        source: list[int],
-        lengths: Sequence[int],
-    ) -> None:
-        """Adds a token to each draft; ``source`` is its row of the logits."""
-        count = self.options.num_drafts
-        first = len(logits) == len(rows) and not tokens[0]
-        paths = [[] for _ in rows] if first else tokens
-        owners = [rows[i if first else i // count] for i in range(len(logits))]
-        prefixes = [
-            torch.cat([row.ids, torch.tensor(path, dtype=torch.long, device=row.buffer.device)])
-            for row, path in zip(owners, paths, strict=True)
-        ]
-        scores = self.shaper(owners, prefixes, self._fit(logits.to(rows[0].buffer.device)))
+    def _next(
+        self, rows: Sequence[Row], logits: Tensor, tokens: Tensor, points: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns a further token of each draft, ``(rows * K,)``, and the laws ``(rows * K, V)`` they were drawn from.
+
+        Args:
+            rows: Sequences.
+            logits: ``(rows, V)`` at the first token, else ``(rows * K, V)``.
+            tokens: Tokens drawn so far, ``(rows * K, depth)``.
+            points: A random number for each draft.
+        """
+        count, first = self.options.num_drafts, tokens.shape[1] == 0
+        owners = rows if first else [row for row in rows for _ in range(count)]
+        scores = self.shaper(self._fit(logits), owners, lambda i: torch.cat([owners[i].ids, tokens[i]]))
         if self.greedy:
-            best = scores.topk(count if first else 1, -1).indices.tolist()
-            for draft, row in enumerate(source):
-                tokens[draft].append(best[row][draft % count if first else 0])
-            return
-        table = list(as_probabilities(scores, self.options.temperature).unbind(0))
-        # Drafts of one beginning have one law, and are drawn from the same numbers: rows of a batch may differ in the
-        # last bits.
-        same: dict[tuple[int, ...], Tensor] = {}
-        for draft, row in enumerate(source):
-            law = same.setdefault((draft // count, *tokens[draft]), table[row])
-            laws[draft].append(law)
-        for draft in range(len(tokens)):
-            # A sequence's random numbers must not depend on how far others want to look: no draw without need.
-            needed = len(tokens[draft]) < lengths[draft // count]
-            tokens[draft].append(draw(laws[draft][-1], rows[draft // count].generator) if needed else 0)
+            best = scores.topk(count, -1).indices.flatten() if first else scores.argmax(-1)
+            return best, None
+        laws = as_probabilities(scores, self.options.temperature)
+        if first:
+            laws = laws.repeat_interleave(count, 0)
+        elif count > 1:
+            # Drafts of one beginning have one law, but rows of a batch may differ in the last bits: take the first's.
+            paths = tokens.view(len(rows), count, -1)
+            like = (paths[:, :, None] == paths[:, None]).all(-1).to(torch.uint8).argmax(-1)
+            laws = laws[(like + count * torch.arange(len(rows), device=like.device)[:, None]).flatten()]
+        return draw_rows(laws, points), laws
 
     def _known(self, ids: Tensor) -> Tensor:
         """Replaces tokens that only the target has; what is drafted after them may be poor."""
-        return torch.where(ids < self.table, ids, 0)
+        return ids if self.table >= self.vocabulary else torch.where(ids < self.table, ids, 0)
 
     def _fit(self, logits: Tensor) -> Tensor:
         missing = self.vocabulary - logits.shape[-1]
@@ -329,7 +342,7 @@ class _LookupProposer:
 
     def propose(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[Draft]]:
         return [
-            [Copied(tokens) for tokens in self._find(row.ids[row.padding :], length)] if length > 0 else []
+            [Copied(tokens) for tokens in self._find(row.host[row.padding : row.length], length)] if length > 0 else []
             for row, length in zip(rows, lengths, strict=True)
         ]
 

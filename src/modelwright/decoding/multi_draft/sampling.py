@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation import logits_process as stock
 
 from modelwright.decoding.generate import GumbelDraw, RefuseNan
+from modelwright.decoding.multi_draft.draws import Uniforms
 from modelwright.errors import UserError
 
 #: Processors that look at the scores only: all drafts can be shaped in one call, whatever stands before them.
@@ -29,6 +30,7 @@ _SCORES_ONLY = (
     stock.LogitNormalization,
     stock.SuppressTokensLogitsProcessor,
 )
+_NO_TOKENS = torch.zeros(1, 1, dtype=torch.long)
 #: Processors that remember earlier calls, which drafts that are thrown away would confuse.
 _REMEMBERING = (
     stock.UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -42,28 +44,86 @@ _BY_ROW = (
 )
 
 
-@dataclass
 class Row:
     """A prompt and what was generated so far.
 
-    Attributes:
+    Tokens are appended on the CPU, where the loop decides; they go to the model's device when somebody there asks.
+
+    Args:
         index: Its row in the batch that ``generate`` was called with.
-        buffer: Room for all its tokens, ``(max_length,)`` int64; padding on the left.
-        length: Tokens in it, padding included.
+        prompt: Its tokens, ``(length,)`` int64; padding on the left.
         padding: How many of them are padding.
+        longest: Tokens there must be room for.
         generator: Source of randomness; None for torch's own.
+        fill: Token that stands behind the end.
     """
 
-    index: int
-    buffer: Tensor
-    length: int
-    padding: int
-    generator: torch.Generator | None = None
+    def __init__(
+        self,
+        index: int,
+        prompt: Tensor,
+        padding: int = 0,
+        *,
+        longest: int,
+        generator: torch.Generator | None = None,
+        fill: int = 0,
+    ) -> None:
+        self.index, self.padding, self.length = index, padding, len(prompt)
+        self.uniform = Uniforms(generator)
+        self.host = torch.full((max(longest, len(prompt)),), fill)
+        self.host[: len(prompt)] = prompt.cpu()
+        self._buffer = self.host.to(prompt.device)
+        self._there = self.length
+
+    def append(self, token: int) -> None:
+        """Adds a token."""
+        self.host[self.length] = token
+        self.length += 1
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self._buffer.device
 
     @property
     def ids(self) -> Tensor:
-        """The tokens with their padding, ``(length,)``."""
+        """The tokens with their padding, ``(length,)``, on the model's device."""
         return self.buffer[: self.length]
+
+    @property
+    def buffer(self) -> Tensor:
+        """The same with all the room behind, on the model's device."""
+        if self._buffer is not self.host and self._there < self.length:
+            new = slice(self._there, self.length)
+            self._buffer[new] = self.host[new].to(self._buffer.device)
+        self._there = self.length
+        return self._buffer
+
+
+class Stops:
+    """Says when a sequence ends. Stock criteria on its last token and its length are looked at without the device.
+
+    Args:
+        criteria: Those of ``generate``.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        self.ends: set[int] = set()
+        self.longest: int | None = None
+        self.others = StoppingCriteriaList()
+        for criterion in criteria:
+            if type(criterion) is EosTokenCriteria:
+                self.ends |= set(criterion.eos_token_id.flatten().tolist())
+            elif type(criterion) is MaxLengthCriteria:
+                self.longest = min(criterion.max_length, self.longest or criterion.max_length)
+            else:
+                self.others.append(criterion)
+
+    def __call__(self, row: Row) -> bool:
+        """Whether the row's last token is its last."""
+        if int(row.host[row.length - 1]) in self.ends or (self.longest is not None and row.length >= self.longest):
+            return True
+        return len(self.others) > 0 and bool(self.others(row.ids[None], None).all())
 
 
 class Shaper:
@@ -93,29 +153,38 @@ class Shaper:
                 self.processors.append(processor)
         self.scores_only = all(type(p) in _SCORES_ONLY for p in self.processors)
 
-    def __call__(self, owners: Sequence[Row], prefixes: Sequence[Tensor], logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, owners: Sequence[Row], prefixes: Callable[[int], Tensor]) -> Tensor:
         """Returns scores, ``(rows, V)`` float32.
 
         Args:
-            owners: The sequence that each row belongs to.
-            prefixes: Tokens before each row, with padding, ``(length,)`` each.
             logits: ``(rows, V)``.
+            owners: The sequence that each row belongs to.
+            prefixes: Returns the tokens before a row, with padding, ``(length,)``; asked only if a processor looks.
         """
         scores = logits.to(torch.float32, copy=True)
         if not self.processors:
             return scores
         if self.scores_only:
-            return self.processors(torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device), scores)
+            return self.shape(scores)
+        before = [prefixes(row) for row in range(len(scores))]
         by_length: dict[int, list[int]] = {}
-        for row, prefix in enumerate(prefixes):
+        for row, prefix in enumerate(before):
             by_length.setdefault(len(prefix), []).append(row)
         for group in by_length.values():
-            ids = torch.stack([prefixes[row] for row in group])
+            ids = torch.stack([before[row] for row in group])
             processors = LogitsProcessorList(
                 _for_rows(p, [owners[row].index for row in group]) for p in self.processors
             )
             scores[group] = processors(ids, scores[group])
         return scores
+
+    def shape(self, scores: Tensor) -> Tensor:
+        """Applies processors that look at scores only to float32 ``(rows, V)``, which may be changed in place."""
+        if not self.processors:
+            return scores
+        # None of them looks at the tokens.
+        shaped: Tensor = self.processors(_NO_TOKENS.expand(len(scores), 1), scores)
+        return shaped
 
 
 def _for_rows(processor: Any, rows: list[int]) -> Any:
@@ -130,4 +199,6 @@ def _for_rows(processor: Any, rows: list[int]) -> Any:
 
 def as_probabilities(scores: Tensor, temperature: float = 1.0) -> Tensor:
     """Returns the float64 softmax of scores over the last dimension."""
-    return (scores.to(torch.float64) / temperature).softmax(-1)
+    if temperature != 1:
+        scores = scores.to(torch.float64) / temperature
+    return scores.softmax(-1, dtype=torch.float64)

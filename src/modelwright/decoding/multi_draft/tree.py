@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -70,18 +71,24 @@ def ancestors(parents: Sequence[int], size: int) -> Tensor:
 
     Rows beyond the tree see only themselves, so that no softmax is over nothing.
     """
-    seen = torch.eye(size, dtype=torch.bool)
+    seen = np.eye(size, dtype=bool)
     for node, parent in enumerate(parents):
         if parent >= 0:
             seen[node] |= seen[parent]
-    return seen
+    return torch.from_numpy(seen)
 
 
 class Scored(Protocol):
-    """The target's logits on a step's drafts."""
+    """The target's logits on a step's drafts.
 
-    def logits(self, sequence: int, draft: int, depth: int) -> Tensor:
-        """Logits ``(V,)`` of what follows the first ``depth`` tokens of a draft (0: what follows the root)."""
+    Attributes:
+        scores: Logits ``(rows, n, V)``.
+    """
+
+    scores: Tensor
+
+    def place(self, sequence: int, draft: int, depth: int) -> tuple[int, int]:
+        """Where the logits are of what follows the first ``depth`` tokens of a draft (0: of what follows the root)."""
 
     def commit(self, paths: Sequence[tuple[int, int]]) -> None:
         """Keeps, for each sequence, the root and ``(draft, depth)``: so many tokens of that draft; drops the rest."""
@@ -108,17 +115,20 @@ class TreeScores:
         self.kept = kept
         self.trees = [join(root, some) for root, some in zip(roots, drafts, strict=True)]
         self.size = size = max(len(tree.tokens) for tree in self.trees)
-        ids = torch.tensor([tree.tokens + [tree.tokens[0]] * (size - len(tree.tokens)) for tree in self.trees])
-        depths = torch.tensor([tree.depths + [0] * (size - len(tree.depths)) for tree in self.trees])
-        positions = depths + torch.tensor(kept.held)[:, None]
+        ids = [tree.tokens + [tree.tokens[0]] * (size - len(tree.tokens)) for tree in self.trees]
+        positions = [
+            [held + depth for depth in tree.depths] + [held] * (size - len(tree.depths))
+            for tree, held in zip(self.trees, kept.held, strict=True)
+        ]
+        ids_there, positions_there = torch.tensor([ids, positions]).to(device)
         within = torch.stack([ancestors(tree.parents, size) for tree in self.trees]).to(device)
         held = kept.mask(torch.zeros(len(ids), 0, dtype=torch.bool, device=device))
         seen = torch.cat([held[:, None, :].expand(-1, size, -1), within], 2)[:, None]
-        self.scores = forward(ids.to(device), as_mask(seen, forward.model), positions.to(device), kept.cache)
+        self.scores = forward(ids_there, as_mask(seen, forward.model), positions_there, kept.cache)
 
-    def logits(self, sequence: int, draft: int, depth: int) -> Tensor:
+    def place(self, sequence: int, draft: int, depth: int) -> tuple[int, int]:
         """See :class:`Scored`."""
-        return self.scores[sequence, self.trees[sequence].nodes[draft][depth] if depth else 0]
+        return sequence, self.trees[sequence].nodes[draft][depth] if depth else 0
 
     def commit(self, paths: Sequence[tuple[int, int]]) -> None:
         """See :class:`Scored`."""
@@ -155,13 +165,14 @@ class RowScores:
         if count > 1:
             kept.cache.batch_repeat_interleave(count)
         copies = Kept(kept.cache, [held for held in kept.held for _ in range(count)])
-        mask = copies.mask(torch.ones(len(rows), size, dtype=torch.long, device=device))
-        positions = torch.tensor(copies.held)[:, None] + torch.arange(size)
-        self.scores = forward(torch.tensor(rows).to(device), mask, positions.to(device), kept.cache)
+        mask = None if kept.full else copies.mask(torch.ones(len(rows), size, dtype=torch.long, device=device))
+        positions = [[held + depth for depth in range(size)] for held in copies.held]
+        ids_there, positions_there = torch.tensor([rows, positions]).to(device)
+        self.scores = forward(ids_there, mask, positions_there, kept.cache)
 
-    def logits(self, sequence: int, draft: int, depth: int) -> Tensor:
+    def place(self, sequence: int, draft: int, depth: int) -> tuple[int, int]:
         """See :class:`Scored`."""
-        return self.scores[sequence * self.count + (draft if depth else 0), depth]
+        return sequence * self.count + (draft if depth else 0), depth
 
     def commit(self, paths: Sequence[tuple[int, int]]) -> None:
         """See :class:`Scored`."""
@@ -228,7 +239,7 @@ def _probe(model: PreTrainedModel, ids: Tensor) -> bool:
         forward(prompt, ones, torch.arange(3, device=ids.device)[None], kept.cache, last=True)
         kept.held = [3]
         found = layout(forward, kept, [a], [drafts], ids.device)
-        return [found.logits(0, k, depth).float() for k in range(3) for depth in range(3)]
+        return [found.scores[found.place(0, k, depth)].float() for k in range(3) for depth in range(3)]
 
     try:
         pairs = list(zip(scored(TreeScores), scored(RowScores), strict=True))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modelwright.decoding.multi_draft.balanced import BalancedSelection
+from modelwright.decoding.multi_draft.draws import Uniform, Uniforms, draw
 from modelwright.decoding.multi_draft.laws import (
     ORDERS,
     FirstSelection,
@@ -68,9 +69,9 @@ class Outcome:
     kept: Mapping[int, float]
     residual: Callable[[], Tensor]
 
-    def draw(self, generator: torch.Generator | None, device: torch.device) -> int:
-        """Draws the verified token."""
-        left = uniform(generator, device)
+    def draw(self, uniform: Uniform) -> int:
+        """Draws the verified token, with one number or two."""
+        left = uniform()
         for token, chance in self.kept.items():
             left -= chance
             if left < 0:
@@ -78,7 +79,7 @@ class Outcome:
         residual = self.residual()
         if float(residual.sum()) <= NOTHING:
             return max(self.kept, key=lambda token: self.kept[token])
-        return draw(residual, generator)
+        return draw(residual, uniform)
 
     def law(self, vocabulary: int) -> Tensor:
         """The law as a vector ``(V,)``, float64, on the CPU."""
@@ -274,11 +275,9 @@ class Verifier:
         }
         return Canonical(FoldSelection(laws, q, **options), q)
 
-    def verify(
-        self, tokens: Sequence[int], laws: Sequence[Tensor], q: Tensor, generator: torch.Generator | None = None
-    ) -> int:
+    def verify(self, tokens: Sequence[int], laws: Sequence[Tensor], q: Tensor, uniform: Uniform) -> int:
         """Returns a token of law ``q``; arguments are taken as they are."""
-        return self.prepare(laws, q).given(tokens).draw(generator, q.device)
+        return self.prepare(laws, q).given(tokens).draw(uniform)
 
 
 def multi_draft_verify(
@@ -313,7 +312,7 @@ def multi_draft_verify(
             raise UserError(f"Draft {k} is token {token}, outside the vocabulary of {len(q)}.")
         if not law[token] > 0:
             raise UserError(f"Draft {k} is token {token}, which has probability 0 under the law it is said to be from.")
-    token = make_verifier(method, **options).verify(tokens, laws, q, generator)
+    token = make_verifier(method, **options).verify(tokens, laws, q, Uniforms(generator, at_once=1))
     return VerifyResult(token, token in tokens, tokens.index(token) if token in tokens else None)
 
 
@@ -369,18 +368,3 @@ def selection_distribution(p: Any, q: Any, num_drafts: int | None = None, method
         raise UserError(f"'{method}' accepts drafts one after the other: no token is selected first.")
     law: Tensor = rule.selection.law
     return law
-
-
-def uniform(generator: torch.Generator | None, device: torch.device) -> float:
-    """Returns a number in [0, 1), of 53 random bits."""
-    return float(torch.rand((), dtype=torch.float64, generator=generator, device=device))
-
-
-def draw(weights: Tensor, generator: torch.Generator | None = None) -> int:
-    """Returns an index, drawn in proportion to non-negative float64 weights ``(V,)``; one of weight 0 never comes."""
-    sums = weights.cumsum(0)
-    total = float(sums[-1])
-    point = uniform(generator, weights.device) * total
-    # Rounding may put the point on the total itself, behind the last weight.
-    point = min(point, total * (1 - 2**-52))
-    return int(torch.searchsorted(sums, point, right=True))
