@@ -44,7 +44,7 @@ def verb(folder, output, **keys):
         "batch_size": 4,
         "block_size": 32,
         "log_every": 7,
-        "eval_every": 15,
+        "eval_every": 0 if keys.get("eval_data") == [] else 15,
         "save_every": 11,
         "device": "cpu",
     }
@@ -221,6 +221,7 @@ def test_continuing_a_checkpoint_keeps_its_dtype(folder, tmp_path):
         ({"architecture": "lama"}, "did you mean 'llama'"),
         ({"set": {"hiden_size": 3}}, "did you mean 'hidden_size'"),
         ({"data": ["nowhere.jsonl"]}, "nowhere.jsonl"),
+        ({"eval_data": [], "eval_every": 5}, "--eval-every .* give --eval-data"),
         ({"text_field": "body"}, "no field 'body'"),
         ({"block_size": 10_000, "set": {**SIZES, "max_position_embeddings": 128}}, "at most 128"),
         ({"set": {"hidden_size": 65536}}, "parameters: training it needs"),

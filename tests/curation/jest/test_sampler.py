@@ -340,7 +340,10 @@ def with_row(encoded, row, value):
         (with_row(encoded(10), 3, math.nan), encoded(10), 4, "diverged"),
         (encoded(10)._replace(scale=torch.tensor(math.nan)), encoded(10), 4, "diverged"),
         (encoded(10)._replace(keys=encoded(9).keys), encoded(10), 4, "one row of each"),
-        (encoded(10, scale=math.inf), encoded(10), 4, "diverged"),
+        (encoded(10, scale=math.inf), encoded(10), 4, "learner's scale is inf: it has diverged"),
+        (encoded(10), encoded(10)._replace(scale=torch.tensor(math.nan)), 4, "reference's scale is nan.*take another"),
+        (encoded(10), encoded(10)._replace(bias=torch.tensor(math.inf)), 4, "reference's bias is inf.*take another"),
+        (encoded(10), with_row(encoded(10), 3, math.nan), 4, "reference's query embedding of row 3.*take another"),
     ],
 )
 def test_bad_embeddings(learner, reference, size, message):

@@ -182,6 +182,10 @@ def test_a_reference_model_equals_its_cached_embeddings_and_is_left_as_it_was(tm
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(p.grad is None for p in reference.parameters())
     assert chosen.logs["jest_flop_ratio"] == pytest.approx(13 / 3)
+    larger = JestSelection(n_chunks=4)
+    larger.attach(learner, text_encoder(1, num_hidden_layers=4))
+    cost = larger.choose(lambda b: joined(learner, b), super_batch, 8, 0, {}).logs["jest_flop_ratio"]
+    assert (3 + 5 + 1.5 * 5) / 3 < cost < (3 + 5 + 2 * 5) / 3  # twice the layers, and one pooling
     reference.save(tmp_path / "reference")
     loaded = JestSelection(n_chunks=4, reference=str(tmp_path / "reference"))
     loaded.attach(learner)

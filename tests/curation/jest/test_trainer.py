@@ -71,6 +71,13 @@ def test_cached_columns_train_as_the_reference_itself(tmp_path):
         torch.testing.assert_close(weights(second)[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_the_form_of_the_scores_is_an_argument(tmp_path):
+    trainer = trained(tmp_path, reference=encoder(1), form="softmax")
+    assert trainer.selection.form == "softmax"
+    with pytest.raises(UserError, match="There is no form 'soft'"):
+        arguments(tmp_path, form="soft").selection()
+
+
 def test_columns_are_read_once_and_a_text_called_clean_is_not_logged(tmp_path, monkeypatch):
     read, column = [], Pairs.column
     monkeypatch.setattr(Pairs, "column", lambda pairs, name: read.append(name) or column(pairs, name))

@@ -64,7 +64,7 @@ def verb(folder, output, **keys):
         "mini_batch_size": 6,
         "learning_rate": 1e-3,
         "log_every": 7,
-        "eval_every": 15,
+        "eval_every": 0 if keys.get("eval_data") == [] else 15,
         "save_every": 11,
         "workers": 0,
         "device": "cpu",

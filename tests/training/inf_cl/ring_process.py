@@ -217,6 +217,8 @@ def cases(group):
         "refused: weights",
         lambda: message(lambda: (ring.ring_sigmoid(*leaves(q[me], k[me]), bias, group, **ours) * (1 + me)).backward()),
     )
+    mine = q[me, : 0 if odd else ROWS], k[me, : 0 if odd else ROWS]
+    yield "empty", lambda: message(lambda: tiled_contrastive_loss(*mine, scale, process_group=group))
     # And after all these refusals nothing is left over in the group.
     yield "afterwards", lambda: compare(group, *softmax(True), [scale])
 

@@ -357,6 +357,9 @@ def bad_inputs():
     yield "scalar", lambda: clip(images.sum(), texts, 1.0), r"image_embeds must be a matrix"
     yield "NaN images", lambda: clip(with_nan(images, 3), texts, 1.0), "image_embeds hold NaN.* 1 of 6 rows.* row 3"
     yield "infinite texts", lambda: clip(images, with_nan(texts, 2, math.inf), 1.0), "text_embeds hold NaN.*row 2"
+    far = "image_embeds hold numbers up to .* and text_embeds up to .*, too large for the products' float32"
+    yield "overflow", lambda: clip(1e30 * images.float(), 1e30 * texts.float(), 1.0), far
+    yield "overflow, sigmoid", lambda: sigmoid(1e30 * images.float(), 1e30 * texts.float(), 1.0, 0.0), far
     zeros = torch.zeros(6, dtype=torch.int64)
     yield "-inf negative", lambda: nce(images, with_nan(images, 5, -math.inf), 1.0, labels=zeros), "keys hold"
     yield "NaN, sigmoid", lambda: sigmoid(with_nan(images, 3), texts, 1.0, 0.0), "image_embeds hold NaN"

@@ -126,6 +126,13 @@ def test_processes_that_differ_are_refused_on_every_rank_and_not_hung(size, grou
         assert [f"rank {i} has" in said[0] for i in range(members + 1)] == [True] * members + [False]
 
 
+@pytest.mark.parametrize(("size", "group"), GROUPS)
+def test_a_process_without_pairs_is_named_on_every_rank(size, group):
+    members = size if group == "world" else 2
+    wanted = f"at least one pair on every process, and rank {members - 1} of {members} has none"
+    assert all(wanted in said for said in found(size, group, "empty"))
+
+
 def test_a_process_outside_the_group_is_told_so():
     assert "not a member" in reports(3)[2]["not a member"]
 

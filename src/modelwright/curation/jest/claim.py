@@ -86,7 +86,15 @@ class Setting:
 SETTINGS = {
     "cpu": Setting(),
     "gpu": Setting(
-        clusters=160, pool=1_000_000, curated=40_000, galleries=1, hidden=512, batch=2048, steps=2000, evaluate_every=50
+        clusters=160,
+        pool=400_000,
+        curated=40_000,
+        galleries=1,
+        hidden=512,
+        batch=1024,
+        steps=300,
+        evaluate_every=10,
+        rates=(5e-4, 1e-3, 2e-3, 4e-3),
     ),
     "miniature": Setting(
         clusters=2, pool=400, curated=64, galleries=1, hidden=16, batch=16, steps=6, evaluate_every=2, rates=(1e-3,)

@@ -187,7 +187,7 @@ def check_encoded(encoded: Encoded, name: str, form: Form = "sigmoid") -> None:
         form: The sigmoid form needs a bias.
 
     Raises:
-        UserError: Unequal shapes, a row that is not of length 1, or no bias.
+        UserError: Unequal shapes, a row that is not of length 1, a scale or bias that is not finite, or no bias.
     """
     if encoded.queries.shape != encoded.keys.shape or encoded.queries.ndim != 2 or len(encoded.queries) == 0:
         raise UserError(
@@ -198,15 +198,24 @@ def check_encoded(encoded: Encoded, name: str, form: Form = "sigmoid") -> None:
         raise UserError(
             f"The {name} has no bias, as if trained with the softmax loss: choose the form 'softmax', or give a bias."
         )
+    for quantity, value in (("scale", encoded.scale), ("bias", encoded.bias)):
+        if value is not None and not bool(value.isfinite().all()):
+            raise UserError(f"The {name}'s {quantity} is {float(value)}: {_diverged(name)}.")
     for side, rows in (("query", encoded.queries), ("key", encoded.keys)):
         lengths = torch.linalg.vector_norm(rows, dim=1, dtype=accumulated(rows))
         wrong = ~((lengths - 1).abs() <= _NORM_TOLERANCE)  # so written that NaN is wrong
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
-            what = "the model has diverged" if not bool(lengths[row].isfinite()) else "normalise the embeddings"
+            what = _diverged(name) if not bool(lengths[row].isfinite()) else "normalise the embeddings"
             raise UserError(
                 f"The {name}'s {side} embedding of row {row} has length {float(lengths[row]):.4g}, not 1: {what}."
             )
+
+
+def _diverged(name: str) -> str:
+    if name == "learner":
+        return "it has diverged; lower the learning rate"
+    return "it diverged when it was trained, or its weights are damaged; take another"
 
 
 class _Sums:

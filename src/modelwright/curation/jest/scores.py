@@ -159,8 +159,8 @@ def draw_chunk(
     if not bool((logits.isfinite() | taken).all()):
         where = int((~logits.isfinite() & ~taken).nonzero()[0])
         raise UserError(
-            f"The score of row {where} of the super-batch is {float(logits[where])}: the learner has diverged or an "
-            f"embedding is not finite; lower the learning rate, or check the embeddings."
+            f"The score of row {where} of the super-batch is {float(logits[where])}: check the embeddings, scales and "
+            f"biases that it was made of."
         )
     noise = gumbel(len(logits), generator)  # at temperature 0 too, so that the stream of noise stays in step
     keys = logits.double()

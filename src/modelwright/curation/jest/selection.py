@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from modelwright.curation.jest.flexi import check_patch_size, mixed_patch_sizes, patch_size, relative_cost
 from modelwright.curation.jest.sampler import Criterion, Form, JointSampler
@@ -71,6 +72,7 @@ class JestSelection:
             raise UserError(f"seed must be 0 or more, not {self.seed}.")
         self._learner: Any = None
         self._reference: Any = None
+        self._reference_cost = 1.0  # of its forward pass over the learner's
 
     def _sampler(self, form: Form = "sigmoid") -> JointSampler:
         return JointSampler(
@@ -121,6 +123,7 @@ class JestSelection:
                     "a model of its own (copy.deepcopy)."
                 )
             self._reference = reference.requires_grad_(False).eval()
+            self._reference_cost = 0.0  # found out with the first super-batch
 
     def choose(
         self,
@@ -185,7 +188,9 @@ class JestSelection:
             return cached_reference(extras, device)
         # At its own patch size: it need not have been trained at two, and its embeddings can be cached instead.
         encoder = self._reference.to(device or self._learner.device)
-        parts = [encoder({k: v.to(encoder.device) for k, v in part.items()}) for part in super_batch]
+        if not self._reference_cost:
+            self._reference_cost = _flops(encoder, super_batch[0]) / _flops(self._learner, super_batch[0])
+        parts = [_embed(encoder, part) for part in super_batch]
         queries, keys = torch.cat([p.queries for p in parts]), torch.cat([p.keys for p in parts])
         return Encoded(_gathered(queries), _gathered(keys), None, parts[0].scale, parts[0].bias)
 
@@ -214,7 +219,7 @@ class JestSelection:
             coarse = relative_cost(self._learner.model, self.scoring_patch_size, tokens)
         scoring = coarse if sampler.needs_learner else 0.0
         training = (1 + coarse) / 2 if self.multi_resolution else 1.0
-        model = 1.0 if self._reference is not None and sampler.needs_reference else 0.0
+        model = self._reference_cost if self._reference is not None and sampler.needs_reference else 0.0
         return {
             "flop_ratio": flop_ratio(ratio, scoring=scoring, training=training, reference=model),
             "flop_ratio_paper": flop_ratio(ratio, scoring=scoring, training=training, reused=True),
@@ -287,6 +292,19 @@ def _check_inputs(learner: Any, reference: Any) -> None:
             f"The reference cannot read what is prepared for the learner (another {', another '.join(differing)}): "
             f"cache its embeddings with the data first (`modelwright select jest --cache-only`)."
         )
+
+
+def _embed(encoder: Any, part: Mapping[str, Tensor]) -> Encoded:
+    encoded: Encoded = encoder({name: values.to(encoder.device) for name, values in part.items()})
+    return encoded
+
+
+def _flops(encoder: Any, part: Mapping[str, Tensor]) -> float:
+    """Floating-point operations of embedding a sub-batch: products of matrices, convolutions and attention."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        _embed(encoder, part)
+    return float(counter.get_total_flops())
 
 
 def _rows(super_batch: list[dict[str, Any]]) -> int:

@@ -21,6 +21,7 @@ class JestArguments(ContrastiveTrainingArguments):
         filter_ratio: Share of each super-batch that is left out.
         n_chunks: Rounds of the joint draw.
         criterion: ``learnability``, ``hard``, ``easy_reference`` or ``uniform``.
+        form: Loss that pairs are scored by: ``sigmoid``, ``softmax`` (experimental), or ``auto``, the learner's.
         normalize: Divide each logit of the draw by its number of terms.
         temperature: What divides the logits of the draw.
         scoring_patch_size: Patch size for scoring; None is the model's.
@@ -31,6 +32,7 @@ class JestArguments(ContrastiveTrainingArguments):
     filter_ratio: float = field(default=0.8, metadata={"help": "Share of each super-batch that is left out."})
     n_chunks: int = field(default=16, metadata={"help": "Rounds of the joint draw; 1 chooses independently."})
     criterion: str = field(default="learnability", metadata={"help": "Or hard, easy_reference, uniform."})
+    form: str = field(default="auto", metadata={"help": "Loss that pairs are scored by: auto, sigmoid or softmax."})
     normalize: bool = field(default=False, metadata={"help": "Divide each logit by its number of terms."})
     temperature: float = field(default=1.0, metadata={"help": "What divides the logits of the draw."})
     scoring_patch_size: int | None = field(default=None, metadata={"help": "Patch size for scoring."})
@@ -54,6 +56,7 @@ class JestArguments(ContrastiveTrainingArguments):
             filter_ratio=ratio,
             n_chunks=self.n_chunks,
             criterion=self.criterion,  # type: ignore[arg-type]  # checked there
+            form=self.form,  # type: ignore[arg-type]
             normalize=self.normalize,
             temperature=self.temperature,
             scoring_patch_size=self.scoring_patch_size,

@@ -83,6 +83,8 @@ def train_pairs_to_folder(
     output, progress, fields = Path(output), progress or Silent(), dict(fields or {})
     processes, leader = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     check_output(output, force)
+    if options.eval_every and not eval_data:
+        raise UserError("--eval-every says when to evaluate, but not on what: give --eval-data, or leave it out.")
     if (model is None) == (architecture is None):
         raise UserError("Give either --model (continue a checkpoint) or --architecture (train from scratch).")
     if model is not None and (settings or tokenizer):

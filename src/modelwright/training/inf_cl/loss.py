@@ -63,7 +63,7 @@ def tiled_contrastive_loss(
             option is unknown.
     """
     names = ("image_embeds", "text_embeds", "logit_scale")
-    _check_features(image_embeds, text_embeds, names[:2], block_size)
+    _check_features(image_embeds, text_embeds, names[:2], block_size, process_group)
     _check_pairs(image_embeds, text_embeds)
     return _info_nce(
         image_embeds, text_embeds, logit_scale, None, names, symmetric, block_size, backend, process_group, reduction
@@ -106,7 +106,7 @@ def tiled_info_nce_loss(
         UserError: As in :func:`tiled_contrastive_loss`; or labels are out of range, or missing where needed.
     """
     names = ("queries", "keys", "scale")
-    _check_features(queries, keys, names[:2], block_size)
+    _check_features(queries, keys, names[:2], block_size, process_group)
     if labels is None and len(keys) < len(queries):
         raise UserError(
             f"There are {len(queries)} queries but only {len(keys)} keys: give labels, the row of keys that belongs to "
@@ -148,9 +148,9 @@ def tiled_sigmoid_loss(
     """
     if reduction not in ("mean", "sum"):
         raise UserError(f"reduction={reduction!r} is not known to the sigmoid loss: use 'mean' or 'sum'.")
-    dtype = _check_features(image_embeds, text_embeds, ("image_embeds", "text_embeds"), block_size)
+    dtype = _check_features(image_embeds, text_embeds, ("image_embeds", "text_embeds"), block_size, process_group)
     _check_pairs(image_embeds, text_embeds)
-    chosen = _resolve(backend, image_embeds.device)
+    chosen = _resolve(backend, image_embeds.device, dtype)
     scale = _scalar(logit_scale, "logit_scale", dtype)
     bias = _scalar(logit_bias, "logit_bias", dtype)
     _check_values(
@@ -166,7 +166,8 @@ def tiled_sigmoid_loss(
         if ring is None:
             k = text_embeds.to(dtype)
             gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, bias))
-            total = _SigmoidSum.apply(q, k, bias, _sweeps(chosen), block_size, gradients)
+            options = {"block_size": block_size, **_narrow(chosen, image_embeds, text_embeds)}
+            total = _SigmoidSum.apply(q, k, bias, _sweeps(chosen), options, gradients)
         else:
             total = ring.ring_sigmoid(q, text_embeds, bias, process_group, block_size=block_size, backend=chosen)
         return total / len(image_embeds) if reduction == "mean" else total
@@ -291,11 +292,11 @@ class _LogSumExps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, sweeps: ModuleType, block_size: int | None, columns: bool
+        ctx: Any, q: Tensor, k: Tensor, sweeps: ModuleType, options: dict[str, Any], columns: bool
     ) -> tuple[Tensor, Tensor | None]:
-        row_lse, col_lse = sweeps.softmax_sweep(q, k, block_size=block_size, columns=columns)
+        row_lse, col_lse = sweeps.softmax_sweep(q, k, columns=columns, **options)
         ctx.save_for_backward(q, k, row_lse, col_lse)
-        ctx.sweeps, ctx.block_size = sweeps, block_size
+        ctx.sweeps, ctx.options = sweeps, options
         return row_lse, col_lse
 
     @staticmethod
@@ -304,9 +305,7 @@ class _LogSumExps(torch.autograd.Function):
         with torch.no_grad():
             if col_lse is None:
                 col_grad = None
-            gradients = ctx.sweeps.softmax_sweep_backward(
-                q, k, row_lse, row_grad, col_lse, col_grad, block_size=ctx.block_size
-            )
+            gradients = ctx.sweeps.softmax_sweep_backward(q, k, row_lse, row_grad, col_lse, col_grad, **ctx.options)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = (_Once.apply(gradient, row_grad, q, k) for gradient in gradients)
         return *gradients, None, None, None
@@ -317,9 +316,9 @@ class _SigmoidSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, bias: Tensor, sweeps: ModuleType, block_size: int | None, gradients: bool
+        ctx: Any, q: Tensor, k: Tensor, bias: Tensor, sweeps: ModuleType, options: dict[str, Any], gradients: bool
     ) -> Tensor:
-        total, *parts = sweeps.sigmoid_sweep(q, k, bias, diagonal=True, gradients=gradients, block_size=block_size)
+        total, *parts = sweeps.sigmoid_sweep(q, k, bias, diagonal=True, gradients=gradients, **options)
         ctx.save_for_backward(*parts, q, k, bias)
         return total
 
@@ -346,8 +345,8 @@ def _info_nce(
 ) -> Tensor:
     if reduction not in ("mean", "sum", "none"):
         raise UserError(f"reduction={reduction!r} is not known: use 'mean', 'sum' or 'none'.")
-    dtype = _check_features(queries, keys, names[:2], block_size)
-    backend = _resolve(backend, queries.device)
+    dtype = _check_features(queries, keys, names[:2], block_size, group)
+    backend = _resolve(backend, queries.device, dtype)
     if labels is not None:
         _check_labels(labels, len(queries), queries.device)
     scale = _scalar(scale, names[2], dtype)
@@ -357,7 +356,8 @@ def _info_nce(
             scale = ring.average_gradient(scale, group)
         q, k = queries.to(dtype) * scale, keys.to(dtype)
         if ring is None:
-            rows, columns = _LogSumExps.apply(q, k, _sweeps(backend), block_size, symmetric)
+            options = {"block_size": block_size, **_narrow(backend, queries, keys)}
+            rows, columns = _LogSumExps.apply(q, k, _sweeps(backend), options, symmetric)
         else:
             # Keys travel in their own dtype, which may be half as wide.
             rows, columns = ring.ring_softmax(q, keys, group, block_size=block_size, backend=backend, columns=symmetric)
@@ -371,14 +371,20 @@ def _info_nce(
         return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def _check_features(queries: Tensor, keys: Tensor, names: tuple[str, ...], block_size: int | None) -> torch.dtype:
-    """Refuses what needs no look at values; returns the dtype to compute in."""
+def _check_features(
+    queries: Tensor, keys: Tensor, names: tuple[str, ...], block_size: int | None, group: Any = None
+) -> torch.dtype:
+    """Refuses what needs no look at values; returns the dtype to compute in.
+
+    That a process of a group has no rows is for the ring to say, to all of them.
+    """
+    alone = _ring(group) is None
     for name, features in zip(names, (queries, keys)):
         if features.ndim != 2:
             raise UserError(f"{name} must be a matrix (rows, width), not of shape {tuple(features.shape)}.")
         if not features.is_floating_point():
             raise UserError(f"{name} are of dtype {features.dtype}: give floating-point features.")
-        if not len(features):
+        if alone and not len(features):
             raise UserError(f"{name} have no rows: a contrastive loss needs at least one pair.")
     if queries.shape[1] != keys.shape[1]:
         raise UserError(
@@ -420,16 +426,22 @@ def _scalar(value: Tensor | float, name: str, dtype: torch.dtype) -> Tensor:
 def _check_values(named: dict[str, Tensor], labels: Tensor | None, keys: int) -> None:
     """Refuses features and scales that are not finite, and labels out of range; asks the device once.
 
-    A sum is not finite if a term is not, and needs no memory. A finite sum may still overflow: hence the closer look.
+    The largest number of a matrix is not finite if one is not, and bounds every product.
     """
     device = next(iter(named.values())).device
+    matrices = [value for value in named.values() if value.ndim]
     with torch.no_grad():
         # A scale on the host needs no question to the device.
-        here = [value for value in named.values() if value.device == device]
-        flags = [value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite() for value in here]
+        flags = [value.isfinite() for value in named.values() if not value.ndim and value.device == device]
+        largest = [_largest(value) for value in matrices]
+        scale = next(value for value in named.values() if not value.ndim).abs()
+        # A mean over a batch adds up that many losses, of which each may be twice the largest product.
+        bound = largest[0] * largest[1] * scale * (4.0 * matrices[0].shape[1] * max(map(len, matrices)))
+        flags.append(bound.isfinite())
         if labels is not None:
             flags.append(((labels >= 0) & (labels < keys)).all())
-        if all(torch.stack(flags).tolist()) and all(v.isfinite().all() for v in named.values() if v.device != device):
+        here = [value.isfinite() for value in named.values() if value.device != device]
+        if all(torch.stack(flags).tolist()) and all(here):
             return
         for name, value in named.items():
             wrong = ~value.isfinite()
@@ -442,6 +454,12 @@ def _check_values(named: dict[str, Tensor], labels: Tensor | None, keys: int) ->
                 f"{name} hold NaN or infinity in {len(rows)} of {len(value)} rows, first in row {int(rows[0])}: look "
                 "for rows of length 0 that were normalised, or for an encoder that overflowed."
             )
+        if not bound.isfinite():
+            names = [name for name, value in named.items() if value.ndim]
+            raise UserError(
+                f"{names[0]} hold numbers up to {float(largest[0]):.2g} and {names[1]} up to {float(largest[1]):.2g}, "
+                f"too large for the products' {str(largest[0].dtype).removeprefix('torch.')}: normalise them."
+            )
         if labels is not None and len(outside := ((labels < 0) | (labels >= keys)).nonzero()):
             i = int(outside[0])
             raise UserError(
@@ -449,7 +467,15 @@ def _check_values(named: dict[str, Tensor], labels: Tensor | None, keys: int) ->
             )
 
 
-def _resolve(backend: str, device: torch.device) -> str:
+def _largest(rows: Tensor) -> Tensor:
+    """The largest number without its sign; not finite if one is not."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if not rows.numel():
+        return rows.new_zeros((), dtype=dtype)
+    return torch.linalg.vector_norm(rows, ord=math.inf, dtype=dtype)
+
+
+def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
         return "torch"  # until the kernels have been run and timed on a card
@@ -461,6 +487,13 @@ def _resolve(backend: str, device: torch.device) -> str:
     elif backend != "torch":
         raise UserError(f"backend={backend!r} is not known: use 'auto', 'torch' or 'triton'.")
     return backend
+
+
+def _narrow(backend: str, queries: Tensor, keys: Tensor) -> dict[str, str]:
+    """What the kernels are told of features of 16 bits, which they get widened: more digits would be for nothing."""
+    return (
+        {"precision": "fp16"} if backend == "triton" and max(queries.element_size(), keys.element_size()) == 2 else {}
+    )
 
 
 def _sweeps(backend: str) -> ModuleType:

@@ -325,6 +325,11 @@ class _Ring:
         with self.answering():
             dist.all_gather(everyone, mine, group=self.group)
         found = torch.stack(everyone).tolist()
+        if empty := [str(rank) for rank, one in enumerate(found) if not one[1] or not one[3]]:
+            raise UserError(
+                f"A contrastive loss needs at least one pair on every process, and rank {', '.join(empty)} of "
+                f"{self.size} has none: drop a last batch that is not full."
+            )
         if any(one != found[0] for one in found):
             said = "; ".join(f"rank {rank} has {_describe(*one)}" for rank, one in enumerate(found))
             raise UserError(
