@@ -43,27 +43,30 @@ def test_tensors_on_the_cpu_are_refused():
         pair_tiles_triton.softmax_sweep(torch.zeros(2, 2), torch.zeros(2, 2))
 
 
-def compile_kernel(name, capability, precision, width, stored="fp32", **switches):
+def compile_kernel(name, capability, precision, width, **switches):
     """Compiles a kernel for a generation of cards, which needs no card, and returns what was made."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from modelwright.kernels import pair_tiles_triton
+    from modelwright.kernels import pair_tiles_kernels, pair_tiles_triton
 
-    kernel = getattr(pair_tiles_triton, name)
-    table = pair_tiles_triton.FORWARD if name == "_softmax_kernel" else pair_tiles_triton.GRADIENT
+    kernel = getattr(pair_tiles_kernels, name)
+    table = pair_tiles_triton.FORWARD if name == "softmax_kernel" else pair_tiles_triton.WEIGHTS
     options = pair_tiles_triton._options(table[precision], precision, None, width) | switches
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
-    counts = {"m", "n", "width", "rows_each", "cols_each"}
+    counts = {"m", "n", "stride", "rows_each", "cols_each", "below_diagonal"}
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in options:
             signature[argument] = "constexpr"
+        elif argument in counts:
+            signature[argument] = "i32"
+        elif argument in ("shift", "fixed_shift"):
+            signature[argument] = "fp32"
         else:
-            rows = argument in ("q", "k", "own", "other")
-            signature[argument] = "i32" if argument in counts else f"*{stored if rows else 'fp32'}"
-            if argument not in counts or (argument == "width" and width % 16 == 0):
-                aligned[(i,)] = [["tt.divisibility", 16]]
+            halves = ("q", "q_low", "k", "k_low", "weights", "weights_low")
+            signature[argument] = "*fp16" if argument in halves else "*fp32"
+            aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -74,11 +77,11 @@ def compile_kernel(name, capability, precision, width, stored="fp32", **switches
 
 
 KERNELS = [
-    ("_softmax_kernel", 512, {"COLUMNS": True}),
-    ("_softmax_gradient_kernel", 512, {"OWN": True, "OTHER": True}),
-    ("_softmax_gradient_kernel", 64, {"OWN": True, "OTHER": True}),
-    ("_sigmoid_kernel", 512, {"DIAGONAL": True, "SUMS": True, "GRADIENTS": True}),
-    ("_sigmoid_kernel", 64, {"DIAGONAL": True, "SUMS": True, "GRADIENTS": True}),
+    ("softmax_kernel", 512, {"COLUMNS": True, "FIXED": True}),
+    ("softmax_kernel", 64, {"COLUMNS": True, "FIXED": False}),
+    ("softmax_weights_kernel", 512, {"BOTH": True, "COMMON": True}),
+    ("softmax_weights_kernel", 64, {"BOTH": True, "COMMON": False}),
+    ("sigmoid_kernel", 512, {"DIAGONAL": True, "GRADIENTS": True}),
 ]
 
 
@@ -87,26 +90,14 @@ KERNELS = [
 @pytest.mark.parametrize(
     ("capability", "precision"),
     [
-        pytest.param(*case, marks=() if case == (90, "tf32x3") else pytest.mark.slow, id=f"sm_{case[0]} {case[1]}")
-        for case in [(c, p) for c in (80, 90) for p in ("tf32x3", "tf32", "ieee")]
+        pytest.param(*case, marks=() if case == (90, "fp16") else pytest.mark.slow, id=f"sm_{case[0]} {case[1]}")
+        for case in [(c, p) for c in (80, 90) for p in ("fp16", "fp16x3")]
     ],
 )
 def test_kernels_compile_without_a_card(tmp_path, monkeypatch, name, width, switches, capability, precision):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # so that it is compiled, not found
     made = compile_kernel(name, capability, precision, width, **switches)
-    check(made, precision)
-
-
-@compiled
-def test_rows_of_sixteen_bits_and_odd_width_compile(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    check(compile_kernel("_softmax_kernel", 90, "tf32", 7, stored="bf16", COLUMNS=False), "tf32")
-    check(compile_kernel("_softmax_gradient_kernel", 90, "tf32", 391, stored="fp16", OWN=True, OTHER=False), "tf32")
-
-
-def check(made, precision):
-    # On every card since Ampere a program may have 99 KiB of shared memory.
-    assert 0 < made.metadata.shared <= 99 * 1024
-    uses_tensor_cores = "mma" in made.asm["ptx"]
-    assert uses_tensor_cores == (precision != "ieee")
+    # What every card since Ampere, or since Hopper, gives a program.
+    assert 0 < made.metadata.shared <= (99 if capability == 80 else 227) * 1024
+    assert ("wgmma" if capability == 90 else "mma") in made.asm["ptx"]
     assert "atom" not in made.asm["ptx"]  # nothing is added up in an order that may change

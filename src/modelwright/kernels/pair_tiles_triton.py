@@ -1,76 +1,99 @@
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# Kernels cannot be annotated: Triton looks the names up.
-"""The sweeps of :mod:`modelwright.kernels.pair_tiles` as Triton kernels, for CUDA.
+"""The sweeps of :mod:`modelwright.kernels.pair_tiles` for CUDA: tiles by Triton, products of tiles by the BLAS.
 
-Checked against them in Triton's interpreter and compiled for two generations of cards; not yet run or timed on one.
+*Operands are float16*, scaled by powers of two so that their range is no matter: as many digits as tf32 at twice its
+rate. A second float16 holds the rest of each number where float32's accuracy is wanted, for three products instead of
+one (``precision=``):
 
-Every kernel is deterministic: no atomics, each number is added up by one program in a fixed order. Rows may be stored
-as float32, bfloat16 or float16; they are widened right after loading, and everything is added up in float32. Memory
-beyond inputs and results grows with the number of rows, not with its square. Widths need not be powers of two.
+- ``"fp16"``: 11 bits, as tf32 (about 1e-3 relative); of 16-bit rows nothing is lost.
+- ``"fp16x3"``: 22 bits, nearly float32.
+- None, the default, follows torch: ``"fp16"`` where ``torch.set_float32_matmul_precision`` or
+  ``torch.backends.cuda.matmul`` allow tf32, or rows are stored in 16 bits; else ``"fp16x3"``.
 
-*Forward*, one matrix product for both directions: the programs form a grid over groups of row blocks and groups of
-column blocks. A program takes its column blocks one after the other, each against all its row blocks, and keeps the
-running maximum and sum of the columns in registers; those of its rows wait in global memory, where only this program
-touches them. What the groups found is joined by ``logsumexp`` afterwards.
+Everything is added up in float32.
 
-*Backward*, two launches of one kernel, with the roles of rows and columns exchanged: a program owns a block of rows,
-recomputes each tile and uses it for both directions' terms. The gradient of narrow rows stays on the chip; that of wide
-ones is added up in global memory, a part of the width at a time.
+*Forward*, one product of matrices for both directions, of which nothing is stored: programs form a grid over groups of
+row blocks and groups of column blocks. A program takes its column blocks one after the other, each against all its row
+blocks, and keeps the running sum of the columns in registers; those of its rows wait in global memory, where only this
+program touches them. What the groups found is added up afterwards.
 
-Precision of the products (``precision=``): ``"tf32x3"`` uses the tensor cores three times for nearly float32's
-accuracy, ``"tf32"`` once (about 1e-3 relative), ``"ieee"`` not at all. None, the default, follows torch: tf32 where
-``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul`` allow it, or rows are stored in 16 bits (tf32
-holds those exactly); else tf32x3.
+*Backward*, a product for the tile and two for the gradients, none made twice: a kernel writes a tile's weights (the
+derivative of the loss with respect to the logits) as float16 into a buffer of a fixed size, and the BLAS multiplies it
+by the keys and, transposed, by the queries.
+
+Deterministic: no atomics, each number is added up in a fixed order. Memory beyond inputs and results: the float16
+operands, and one tile of weights (128 MiB, or twice that for ``"fp16x3"``; less for small batches).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from modelwright.errors import UserError
 from modelwright.kernels import pair_tiles
+from modelwright.kernels import pair_tiles_kernels as kernels
 
 
 class Launch(NamedTuple):
     """How a kernel is cut.
 
     Attributes:
-        block: Side of a tile.
+        rows: Of a block.
+        cols: Of a block.
         slice: Width of the rows that is multiplied at a time.
         warps: Per program.
         stages: Of the pipelined loop over slices.
-        on_chip: Largest padded width of a gradient that stays in registers.
-        part: Width of a wider gradient that is added up at a time.
     """
 
-    block: int
+    rows: int
+    cols: int
     slice: int
-    warps: int = 8
-    stages: int = 2
-    on_chip: int = 0
-    part: int = 0
+    warps: int
+    stages: int
 
 
-# The one place to change once they have been timed. For now: the largest that the compiler fits into the registers of
-# Hopper with next to no spilling (Ampere spills in tf32x3), and into the 99 KiB of shared memory that every card since
-# Ampere has.
-FORWARD = {"tf32": Launch(128, 32), "tf32x3": Launch(128, 16), "ieee": Launch(128, 16)}
-GRADIENT = {
-    "tf32": Launch(128, 32, on_chip=64, part=32),
-    "tf32x3": Launch(64, 32, on_chip=128, part=64),
-    "ieee": Launch(64, 16, on_chip=64, part=32),
-}
+# The one place to change for another card.
+FORWARD = {"fp16": Launch(128, 128, 64, 8, 3), "fp16x3": Launch(128, 128, 32, 8, 3)}
+WEIGHTS = {"fp16": Launch(128, 128, 64, 8, 3), "fp16x3": Launch(128, 128, 32, 8, 3)}
 PROGRAMS = 2
 """Of the forward kernel, for each multiprocessor."""
+TILE = 8192
+"""Largest side of the tile of weights that the BLAS multiplies."""
 
-_LOG2_E = tl.constexpr(math.log2(math.e))
+_LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2)
+_LARGEST = 15
+"""Operands are scaled to a maximum below 2 to this power, half of what float16 holds."""
+_WEIGHT = 14
+"""And weights by 2 to this power: one of each direction, at most 1 each, make less than 2 ** 15 together."""
+_FIXED, _LOWEST = 100.0, 2.0**-80
+"""A logarithm to base 2 up to which sums of exponentials cannot overflow, and the sum below which digits were lost."""
+
+
+class Operands(NamedTuple):
+    """Rows as the tensor cores take them: ``values * 2 ** exponent`` is ``high + low``.
+
+    Attributes:
+        high: (rows, width) float16, the width padded with zeros.
+        low: What is missing, or ``high`` again where it is not wanted.
+        factor: One element, float32, 2 ** -exponent.
+        width: Without the padding.
+    """
+
+    high: Tensor
+    low: Tensor
+    factor: Tensor
+    width: int
+
+    def restore(self, gradient: Tensor, scale: Tensor | float) -> Tensor:
+        """Returns products with these rows in their own width and size."""
+        return gradient.mul_(self.factor * scale)[:, : self.width].contiguous()
 
 
 def softmax_sweep(
@@ -81,7 +104,7 @@ def softmax_sweep(
     Args:
         q: (m, d), float32, bfloat16 or float16, the scale already inside.
         k: (n, d), same device.
-        block_size: Largest side of a tile; at most 128 is used, rounded down to a power of two.
+        block_size: Largest side of a block, rounded down to a power of two of at least 16.
         columns: Also reduce over rows.
         precision: Of the products; see the module's docstring.
 
@@ -91,22 +114,44 @@ def softmax_sweep(
     Raises:
         UserError: A dtype, precision or device that the kernels cannot take.
     """
-    q, k, precision = _prepare(q, k, precision)
-    options = _options(FORWARD[precision], precision, block_size, q.shape[1])
-    (m, width), n = q.shape, len(k)
+    precision = _check(q, k, precision)
+    (m, _), n = q.shape, len(k)
     if not m or not n:
         return pair_tiles.softmax_sweep(q.float(), k.float(), columns=columns)
-    row_blocks, col_blocks = triton.cdiv(m, options["BLOCK"]), triton.cdiv(n, options["BLOCK"])
-    row_groups, rows_each, col_groups, cols_each = _groups(row_blocks, col_blocks, _programs(q.device))
-    row_max = torch.full((col_groups, m), -torch.inf, device=q.device)
-    row_sum = torch.zeros_like(row_max)
-    col_lse = row_max.new_empty((row_groups, n) if columns else 1)
-    with _on(q.device):
-        _softmax_kernel[row_groups, col_groups](
-            q, k, row_max, row_sum, col_lse, m, n, width, rows_each, cols_each, COLUMNS=columns, **options
-        )
-    rows = row_max.add_(row_sum.log_()).logsumexp(0)
-    return rows, col_lse.logsumexp(0) if columns else None
+    rows, cols = _operands(q, precision), _operands(k, precision)
+    options = _options(FORWARD[precision], precision, block_size, rows.high.shape[1])
+    groups = _groups(triton.cdiv(m, options["ROWS"]), triton.cdiv(n, options["COLS"]), _programs(q.device))
+    row_groups, rows_each, col_groups, cols_each = groups
+    unit = (rows.factor * cols.factor * _LOG2_E).reshape(1)
+    lengths = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float32).amax() for t in (q, k)]
+    bound = 1.001 * _LOG2_E * (lengths[0] * lengths[1]).item()  # of |x|, by a hair larger for the operands' rounding
+
+    def sweep(fixed: bool, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        row_max, row_sum = torch.full((2, col_groups, m), -torch.inf, device=q.device)
+        col_max, col_sum = row_max.new_empty((2, row_groups, n) if columns else (2, 1, 1))
+        row_sum.zero_()
+        with _on(q.device):
+            kernels.softmax_kernel[row_groups, col_groups](
+                *(rows.high, rows.low, cols.high, cols.low, unit, row_max, row_sum, col_max, col_sum),
+                *(shift, m, n, rows_each, cols_each),
+                FIXED=fixed,
+                COLUMNS=columns,
+                **options,
+            )
+        return row_max, row_sum, col_max, col_sum
+
+    if bound <= 2 * _FIXED:
+        # One exponential for both directions, all shifted alike; what that loses is seen in the sums.
+        shift = max(bound - _FIXED, 0.0)
+        _, row_sum, _, col_sum = sweep(True, shift)
+        row_sum, col_sum = row_sum.sum(0), col_sum.sum(0)
+        lowest = torch.minimum(row_sum.amin(), col_sum.amin()) if columns else row_sum.amin()
+        if bound <= _FIXED or lowest >= _LOWEST:
+            logs = [s.log_().add_(shift * _LN_2) for s in (row_sum, col_sum)]
+            return logs[0], logs[1] if columns else None
+    row_max, row_sum, col_max, col_sum = sweep(False, 0.0)
+    row_lse = row_max.mul_(_LN_2).add_(row_sum.log_()).logsumexp(0)
+    return row_lse, col_max.mul_(_LN_2).add_(col_sum.log_()).logsumexp(0) if columns else None
 
 
 def softmax_sweep_backward(
@@ -129,7 +174,7 @@ def softmax_sweep_backward(
         row_grad: (m,) gradient of the loss with respect to ``row_lse``.
         col_lse: (n,), or None for rows only.
         col_grad: (n,), None exactly if ``col_lse`` is.
-        block_size: Largest side of a tile; at most 128 is used, rounded down to a power of two.
+        block_size: Largest side of a block and of the tile of weights.
         precision: Of the products; see the module's docstring.
 
     Returns:
@@ -138,27 +183,38 @@ def softmax_sweep_backward(
     Raises:
         UserError: A dtype, precision or device that the kernels cannot take.
     """
-    q, k, precision = _prepare(q, k, precision)
-    options = _options(GRADIENT[precision], precision, block_size, q.shape[1])
-    rows = row_lse.float().contiguous(), row_grad.float().contiguous()
+    precision = _check(q, k, precision)
+    if not len(q) or not len(k):
+        return torch.zeros(q.shape, device=q.device), torch.zeros(k.shape, device=k.device)
+    rows, cols = _operands(q, precision), _operands(k, precision)
+    row_log, row_factor = row_lse.float() * _LOG2_E, row_grad.float()
     if col_lse is None or col_grad is None:
-        cols, both = rows, False  # never read
+        both, col_log, col_factor = False, row_log, row_factor  # the kernel does not read them
+        largest = row_factor.abs().amax()
     else:
-        cols, both = (col_lse.float().contiguous(), col_grad.float().contiguous()), True
-
-    def gradient(own: Tensor, other: Tensor, mine: Any, theirs: Any, own_term: bool, other_term: bool) -> Tensor:
-        out = torch.zeros(own.shape, device=own.device)
-        if out.numel() and len(other):
-            with _on(own.device):
-                _softmax_gradient_kernel[(triton.cdiv(len(own), options["BLOCK"]),)](
-                    *(own, other, *mine, *theirs, out, len(own), len(other), own.shape[1]),
-                    OWN=own_term,
-                    OTHER=other_term,
-                    **options,
-                )
-        return out
-
-    return gradient(q, k, rows, cols, True, both), gradient(k, q, cols, rows, both, True)
+        both, col_log, col_factor = True, col_lse.float() * _LOG2_E, col_grad.float()
+        largest = torch.maximum(row_factor.abs().amax(), col_factor.abs().amax())
+    # Weights relative to the largest gradient, so that float16 holds them.
+    largest = torch.where(largest > 0, largest, 1.0)
+    row_factor, col_factor = (f.mul(2.0**_WEIGHT / largest) for f in (row_factor, col_factor))
+    shift = pair_tiles._common_shift(row_log, col_log if both else None, 60.0)
+    if shift is not None:
+        # exp(x - lse) = exp(x - shift) * exp(shift - lse): one exponential for both directions.
+        row_factor, col_factor = row_factor * (shift - row_log).exp2(), col_factor * (shift - col_log).exp2()
+    unit = (rows.factor * cols.factor * _LOG2_E).reshape(1)
+    dq, dk = (torch.zeros(t.high.shape, device=q.device) for t in (rows, cols))
+    for i, j, weights in _tiles(rows, cols, precision, block_size):
+        _launch(
+            kernels.softmax_weights_kernel,
+            *(rows, cols, i, j, weights, precision, block_size),
+            *(unit, row_log[i], row_factor[i], col_log[j] if both else col_log, col_factor[j] if both else col_factor),
+            shift or 0.0,
+            BOTH=both,
+            COMMON=shift is not None,
+        )
+        _accumulate(dq[i], dk[j], weights, rows, cols, i, j, precision)
+    back = largest * 2.0**-_WEIGHT
+    return cols.restore(dq, back), rows.restore(dk, back)
 
 
 def sigmoid_sweep(
@@ -178,8 +234,8 @@ def sigmoid_sweep(
         k: (n, d), same device.
         bias: One element.
         diagonal: Whether row i of ``q`` and row i of ``k`` are a positive pair; otherwise no pair is.
-        gradients: Also return the gradients: the tiles are then made twice, once for each side's.
-        block_size: Largest side of a tile; at most 128 is used, rounded down to a power of two.
+        gradients: Also return the gradients, from the same tiles.
+        block_size: Largest side of a block and of the tile of weights.
         precision: Of the products; see the module's docstring.
 
     Returns:
@@ -189,261 +245,40 @@ def sigmoid_sweep(
     Raises:
         UserError: A dtype, precision or device that the kernels cannot take.
     """
-    q, k, precision = _prepare(q, k, precision)
-    options = _options(GRADIENT[precision], precision, block_size, q.shape[1])
+    precision = _check(q, k, precision)
+    if not len(q) or not len(k):
+        return pair_tiles.sigmoid_sweep(q.float(), k.float(), bias.float(), diagonal=diagonal, gradients=gradients)
+    rows, cols = _operands(q, precision), _operands(k, precision)
+    unit = (rows.factor * cols.factor).reshape(1)
     bias = bias.detach().float().reshape(1)
-
-    def sweep(own: Tensor, other: Tensor, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
-        out = torch.zeros(own.shape if gradients else 1, device=own.device)
-        loss, slope = torch.zeros(2, len(own), device=own.device)
-        if len(own) and len(other):
-            with _on(own.device):
-                _sigmoid_kernel[(triton.cdiv(len(own), options["BLOCK"]),)](
-                    *(own, other, bias, out, loss, slope, len(own), len(other), own.shape[1]),
-                    DIAGONAL=diagonal,
-                    SUMS=sums,
-                    GRADIENTS=gradients,
-                    **options,
-                )
-        return out, loss, slope
-
-    dq, loss, slope = sweep(q, k, True)
-    total = loss.sum(dtype=torch.float64).float()
+    dq, dk = (torch.zeros(t.high.shape if gradients else (1, 1), device=q.device) for t in (rows, cols))
+    total, slope = torch.zeros(2, dtype=torch.float64, device=q.device)
+    for i, j, weights in _tiles(rows, cols, precision, block_size, gradients):
+        height, width = i.stop - i.start, j.stop - j.start
+        # One number for each row and column block: none is written by two programs.
+        sums = torch.zeros((2, triton.cdiv(width, 16), height), device=q.device)
+        _launch(
+            kernels.sigmoid_kernel,
+            *(rows, cols, i, j, weights, precision, block_size),
+            *(unit, bias, sums[0], sums[1], i.start - j.start),
+            DIAGONAL=diagonal,
+            GRADIENTS=gradients,
+        )
+        total += sums[0].sum(dtype=torch.float64)
+        if gradients:
+            slope += sums[1].sum(dtype=torch.float64)
+            _accumulate(dq[i], dk[j], weights, rows, cols, i, j, precision)
     if not gradients:
-        return total, None, None, None
-    return total, dq, sweep(k, q, False)[0], slope.sum(dtype=torch.float64).float()
+        return total.float(), None, None, None
+    back = 2.0**-_WEIGHT
+    return total.float(), cols.restore(dq, back), rows.restore(dk, back), slope.float()
 
 
-@triton.jit
-def _tile(
-    own,
-    other,
-    rows,
-    cols,
-    m,
-    n,
-    width,
-    BLOCK: tl.constexpr,
-    SLICE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of ``own @ other.T``, with -inf in the columns beyond the last."""
-    # In 64 bits: two million rows of width 1024 have more elements than 32 bits can count.
-    row_at = own + rows.to(tl.int64)[:, None] * width
-    col_at = other + cols.to(tl.int64)[None, :] * width
-    x = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for start in range(0, width, SLICE):
-        d = start + tl.arange(0, SLICE)
-        a = tl.load(row_at + d[None, :], mask=(rows < m)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
-        b = tl.load(col_at + d[:, None], mask=(cols < n)[None, :] & (d < width)[:, None], other=0.0).to(tl.float32)
-        x = tl.dot(a, b, x, input_precision=PRECISION)
-    return tl.where((cols < n)[None, :], x, -float("inf"))
+_INTERPRETED = not isinstance(kernels.softmax_kernel, triton.JITFunction)
 
 
-@triton.jit
-def _merge(running_max, running_sum, x, AXIS: tl.constexpr):
-    """Adds a tile to the running maximum and sum of exponentials of its rows (axis 1) or columns (axis 0)."""
-    new_max = tl.maximum(running_max, tl.max(x, AXIS))
-    # Rows and columns beyond the last have nothing but -inf: -inf - -inf would be NaN.
-    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-    # Subtracted before it is multiplied: near the maximum the difference is exact, also where x is 1e4.
-    terms = tl.exp2((x - tl.expand_dims(shift, AXIS)) * _LOG2_E)
-    return new_max, running_sum * tl.exp2((running_max - shift) * _LOG2_E) + tl.sum(terms, AXIS)
-
-
-@triton.jit
-def _softmax_kernel(
-    q,
-    k,
-    row_max,
-    row_sum,
-    col_lse,
-    m,
-    n,
-    width,
-    rows_each,
-    cols_each,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLICE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    row_group, col_group = tl.program_id(0), tl.program_id(1)
-    row_end = tl.minimum((row_group + 1) * rows_each, tl.cdiv(m, BLOCK))
-    col_end = tl.minimum((col_group + 1) * cols_each, tl.cdiv(n, BLOCK))
-    for col_block in range(col_group * cols_each, col_end):
-        cols = col_block * BLOCK + tl.arange(0, BLOCK)
-        c_max = tl.full((BLOCK,), -float("inf"), tl.float32)
-        c_sum = tl.zeros((BLOCK,), tl.float32)
-        for row_block in range(row_group * rows_each, row_end):
-            rows = row_block * BLOCK + tl.arange(0, BLOCK)
-            x = _tile(q, k, rows, cols, m, n, width, BLOCK, SLICE, PRECISION)
-            at = col_group.to(tl.int64) * m + rows
-            r_max = tl.load(row_max + at, mask=rows < m, other=-float("inf"))
-            r_sum = tl.load(row_sum + at, mask=rows < m, other=0.0)
-            r_max, r_sum = _merge(r_max, r_sum, x, 1)
-            tl.store(row_max + at, r_max, mask=rows < m)
-            tl.store(row_sum + at, r_sum, mask=rows < m)
-            if COLUMNS:
-                c_max, c_sum = _merge(c_max, c_sum, tl.where((rows < m)[:, None], x, -float("inf")), 0)
-            # The next column block reads what is stored here, perhaps in other threads of this program.
-            tl.debug_barrier()
-        if COLUMNS:
-            at = row_group.to(tl.int64) * n + cols
-            tl.store(col_lse + at, c_max + tl.log(tl.where(cols < n, c_sum, 1.0)), mask=cols < n)
-
-
-@triton.jit
-def _accumulate(
-    gradient,
-    other,
-    out,
-    acc,
-    rows,
-    cols,
-    m,
-    n,
-    width,
-    ON_CHIP: tl.constexpr,
-    PART: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds ``gradient @ other[cols]`` to ``acc``, or for wide rows (ON_CHIP of 0) to ``out[rows]``."""
-    col_at = other + cols.to(tl.int64)[:, None] * width
-    if ON_CHIP:
-        d = tl.arange(0, ON_CHIP)
-        b = tl.load(col_at + d[None, :], mask=(cols < n)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
-        acc = tl.dot(gradient, b, acc, input_precision=PRECISION)
-    else:
-        row_at = out + rows.to(tl.int64)[:, None] * width
-        for start in range(0, width, PART):
-            d = start + tl.arange(0, PART)
-            b = tl.load(col_at + d[None, :], mask=(cols < n)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
-            mask = (rows < m)[:, None] & (d < width)[None, :]
-            # Added outside the product, so that no prefetch for the product reads what has not been stored yet.
-            part = tl.dot(gradient, b, input_precision=PRECISION)
-            tl.store(row_at + d[None, :], tl.load(row_at + d[None, :], mask=mask, other=0.0) + part, mask=mask)
-        tl.debug_barrier()
-    return acc
-
-
-@triton.jit
-def _store(out, acc, rows, m, width, ON_CHIP: tl.constexpr):
-    """Stores what stayed on the chip."""
-    if ON_CHIP:
-        d = tl.arange(0, ON_CHIP)
-        at = out + rows.to(tl.int64)[:, None] * width + d[None, :]
-        tl.store(at, acc, mask=(rows < m)[:, None] & (d < width)[None, :])
-
-
-@triton.jit
-def _softmax_gradient_kernel(
-    own,
-    other,
-    own_lse,
-    own_grad,
-    other_lse,
-    other_grad,
-    out,
-    m,
-    n,
-    width,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    PART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLICE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradient of ``own``: terms of the softmaxes over ``other`` (OWN), and of those over ``own`` (OTHER)."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if OWN:
-        r_lse = tl.load(own_lse + rows, mask=rows < m, other=0.0)
-        r_grad = tl.load(own_grad + rows, mask=rows < m, other=0.0)
-    acc = tl.zeros((BLOCK, ON_CHIP if ON_CHIP else 1), tl.float32)
-    for start in range(0, n, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = _tile(own, other, rows, cols, m, n, width, BLOCK, SLICE, PRECISION)
-        # Rows beyond the last hold anything, infinities too; they meet no other row and are not stored.
-        gradient = tl.zeros((BLOCK, BLOCK), tl.float32)
-        if OWN:
-            gradient += r_grad[:, None] * tl.exp2((x - r_lse[:, None]) * _LOG2_E)
-        if OTHER:
-            c_lse = tl.load(other_lse + cols, mask=cols < n, other=0.0)
-            c_grad = tl.load(other_grad + cols, mask=cols < n, other=0.0)
-            gradient += c_grad[None, :] * tl.exp2((x - c_lse[None, :]) * _LOG2_E)
-        acc = _accumulate(gradient, other, out, acc, rows, cols, m, n, width, ON_CHIP, PART, PRECISION)
-    _store(out, acc, rows, m, width, ON_CHIP)
-
-
-@triton.jit
-def _sigmoid_kernel(
-    own,
-    other,
-    bias,
-    out,
-    loss,
-    slope,
-    m,
-    n,
-    width,
-    DIAGONAL: tl.constexpr,
-    SUMS: tl.constexpr,
-    GRADIENTS: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    PART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLICE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradient of ``own``; with SUMS also each own row's loss and the derivative of that by the bias."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    shift = tl.load(bias)
-    r_loss = tl.zeros((BLOCK,), tl.float32)
-    r_slope = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((BLOCK, ON_CHIP if ON_CHIP else 1), tl.float32)
-    for start in range(0, n, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        inside = (cols < n)[None, :] & (rows < m)[:, None]
-        x = _tile(own, other, rows, cols, m, n, width, BLOCK, SLICE, PRECISION) + shift
-        positive = rows[:, None] == cols[None, :]
-        z = tl.where(inside, x, 0.0)
-        if DIAGONAL:
-            z = tl.where(positive, -z, z)
-        e = tl.exp2(-tl.abs(z) * _LOG2_E)
-        if SUMS:
-            # log1p(e) = 2 artanh(e / (2 + e)): a series in s <= 1/3, accurate also where 1 + e would round to 1.
-            s = e / (2.0 + e)
-            t = s * s
-            series = 1.0 / 15.0
-            series = series * t + 1.0 / 13.0
-            series = series * t + 1.0 / 11.0
-            series = series * t + 1.0 / 9.0
-            series = series * t + 1.0 / 7.0
-            series = series * t + 1.0 / 5.0
-            series = series * t + 1.0 / 3.0
-            series = series * t + 1.0
-            r_loss += tl.sum(tl.where(inside, tl.maximum(z, 0.0) + 2.0 * s * series, 0.0), 1)
-        if GRADIENTS:
-            gradient = tl.where(z >= 0, 1.0, e) / (1.0 + e)
-            if DIAGONAL:
-                gradient = tl.where(positive, -gradient, gradient)
-            gradient = tl.where(inside, gradient, 0.0)
-            r_slope += tl.sum(gradient, 1)
-            acc = _accumulate(gradient, other, out, acc, rows, cols, m, n, width, ON_CHIP, PART, PRECISION)
-    if SUMS:
-        tl.store(loss + rows, r_loss, mask=rows < m)
-        tl.store(slope + rows, r_slope, mask=rows < m)
-    if GRADIENTS:
-        _store(out, acc, rows, m, width, ON_CHIP)
-
-
-_INTERPRETED = not isinstance(_tile, triton.JITFunction)
-
-
-def _prepare(q: Tensor, k: Tensor, precision: str | None) -> tuple[Tensor, Tensor, str]:
-    """The two matrices as the kernels read them, and the precision of their products."""
+def _check(q: Tensor, k: Tensor, precision: str | None) -> str:
+    """Refuses what the kernels do not take; returns the precision."""
     for t in (q, k):
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"The Triton kernels take float32 or narrower, not {t.dtype}: use backend='torch'.")
@@ -451,10 +286,10 @@ def _prepare(q: Tensor, k: Tensor, precision: str | None) -> tuple[Tensor, Tenso
             raise UserError(f"The Triton kernels run on CUDA, not on {t.device.type}: use backend='torch'.")
     if precision is None:
         narrow = q.element_size() == 2 and k.element_size() == 2
-        precision = "tf32" if narrow or _tf32_allowed() else "tf32x3"
-    elif precision not in FORWARD:
+        return "fp16" if narrow or _tf32_allowed() else "fp16x3"
+    if precision not in FORWARD:
         raise UserError(f"precision={precision!r} is not known: use one of {', '.join(FORWARD)}.")
-    return q.detach().contiguous(), k.detach().contiguous(), precision
+    return precision
 
 
 def _tf32_allowed() -> bool:
@@ -464,17 +299,114 @@ def _tf32_allowed() -> bool:
     return bool(matmul.allow_tf32)
 
 
+@torch.no_grad()
+def _operands(t: Tensor, precision: str) -> Operands:
+    rows, width = t.shape
+    smallest, largest = torch.aminmax(t)  # not of t.abs(), which would be a copy
+    largest = torch.maximum(-smallest, largest).float()
+    exponent = torch.where(largest > 0, _LARGEST - 1 - torch.log2(largest).floor(), 0.0).clamp(-120, 120)
+    padded = _padded(width)
+    high = torch.zeros((rows, padded), dtype=torch.float16, device=t.device)
+    low = torch.zeros_like(high) if precision == "fp16x3" else high
+    power, each = exponent.exp2(), max(1, 2**24 // max(width, 1))
+    for start in range(0, rows, each):  # in parts: no copy of all rows in float32
+        part = slice(start, start + each)
+        scaled = t[part].float() * power
+        high[part, :width] = scaled
+        if precision == "fp16x3":
+            low[part, :width] = scaled.sub_(high[part, :width])
+    return Operands(high, low, power.reciprocal(), width)
+
+
 def _options(launch: Launch, precision: str, block_size: int | None, width: int) -> dict[str, Any]:
-    """What a kernel is compiled for."""
-    # At least 16, which a product on tensor cores needs.
-    block = max(16, 1 << (min(block_size or launch.block, launch.block).bit_length() - 1))
-    options: dict[str, Any] = {"BLOCK": block, "SLICE": launch.slice, "PRECISION": precision}
-    if launch.on_chip:
-        padded = max(16, triton.next_power_of_2(width))
-        options |= {"ON_CHIP": padded if padded <= launch.on_chip else 0, "PART": launch.part}
-    # Multiply-add fused, said because Triton is about to change what it does when nothing is said.
-    launched = {"num_warps": launch.warps if block >= 64 else 4, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return options | launched
+    """What a kernel is compiled for; the width is that of the operands."""
+    rows, cols = (side if block_size is None else _power_of_two(min(block_size, side)) for side in launch[:2])
+    warps = launch.warps if rows * cols >= 4096 else 4
+    return {
+        "ROWS": rows, "COLS": cols, "SLICE": min(launch.slice, width), "WIDTH": width, "SPLIT": precision == "fp16x3",
+        # Multiply-add fused, said because Triton is about to change what it does when nothing is said.
+        "num_warps": warps, "num_stages": launch.stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def _padded(width: int) -> int:
+    """How wide operands are stored: slices need no mask."""
+    return triton.cdiv(width, 64) * 64 if width > 32 else _power_of_two(2 * width - 1)
+
+
+def _power_of_two(side: int) -> int:
+    """The largest up to ``side``, and at least 16, which a product on tensor cores needs."""
+    return max(16, 1 << max(side, 1).bit_length() - 1)
+
+
+def _tiles(
+    rows: Operands, cols: Operands, precision: str, block_size: int | None, wanted: bool = True
+) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+    """Yields row slice, column slice and the memory of their weights, one tensor or two, which later tiles write."""
+    m, n = len(rows.high), len(cols.high)
+    # At most a quarter of the longer side: no tensor has the size of the matrix.
+    side = _power_of_two(min(TILE if block_size is None else block_size, max(m, n) // 4))
+    shape = (min(side, m), min(side, n) if wanted else 1)
+    memory = [rows.high.new_empty(shape) for _ in range(2 if precision == "fp16x3" else 1)]
+    for top in range(0, m, side):
+        for left in range(0, n, side):
+            i, j = slice(top, min(top + side, m)), slice(left, min(left + side, n))
+            yield i, j, [part[: i.stop - i.start, : j.stop - j.start] for part in memory]
+
+
+def _launch(
+    kernel: Any,
+    rows: Operands,
+    cols: Operands,
+    i: slice,
+    j: slice,
+    weights: list[Tensor],
+    precision: str,
+    block_size: int | None,
+    *arguments: Any,
+    **switches: Any,
+) -> None:
+    m, n = i.stop - i.start, j.stop - j.start
+    options = _options(
+        WEIGHTS[precision], precision, min(block_size or TILE, _power_of_two(max(m, n))), rows.high.shape[1]
+    )
+    grid = (triton.cdiv(m, options["ROWS"]), triton.cdiv(n, options["COLS"]))
+    with _on(rows.high.device):
+        kernel[grid](
+            *(
+                rows.high[i],
+                rows.low[i],
+                cols.high[j],
+                cols.low[j],
+                weights[0],
+                weights[-1],
+                m,
+                n,
+                weights[0].stride(0),
+            ),
+            *arguments,
+            **switches,
+            **options,
+        )
+
+
+def _accumulate(
+    dq: Tensor, dk: Tensor, weights: list[Tensor], rows: Operands, cols: Operands, i: slice, j: slice, precision: str
+) -> None:
+    """``dq += weights @ keys`` and ``dk += weights.T @ queries``."""
+    keys, queries = [cols.high[j], cols.low[j]], [rows.high[i], rows.low[i]]
+    pairs = [(0, 0)] if precision == "fp16" else [(1, 0), (0, 1), (0, 0)]
+    for a, b in pairs:
+        _add_product(dq, weights[a], keys[b])
+        _add_product(dk, weights[a].T, queries[b])
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b``: float16 operands, a float32 sum."""
+    if out.device.type == "cpu":  # under the interpreter
+        out.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
 
 
 def _groups(row_blocks: int, col_blocks: int, programs: int) -> tuple[int, int, int, int]:
