@@ -22,7 +22,8 @@ class Arg:
         positional: Given by position on the command line instead of as ``--name``.
         short: A one-letter form such as ``-o``.
         kind: ``input`` (a file or folder that is read: recipes hash its content), ``output`` (written: recipes set it),
-            ``run`` (how, not what: worker counts, ``force``; recipes leave it out of the cache key) or ``value``.
+            ``run`` (how, not what: worker counts, ``force``; recipes leave it out of the cache key), ``methods``
+            (decoding methods with their options: see :func:`modelwright.decoding.parts.read_parts`) or ``value``.
         filename: For an ``output``: the name a recipe gives it inside the step's folder.
     """
 

@@ -73,7 +73,9 @@ def _parameters(cls: type, skip: set[str]) -> tuple[list[inspect.Parameter], set
             pairs.add(field.name)
         if not arg.positional and _is_sequence(hint) and default is None:
             default = []
-        flag = "--" + field.name.replace("_", "-")
+        if arg.kind == "methods":  # mappings in recipes, YAML on the command line
+            hint = list[str]
+        flag = "--" + field.name.rstrip("_").replace("_", "-")  # with_, for with is Python's
         if arg.positional:
             info = typer.Argument(help=arg.help, metavar=field.name.upper())
         elif hint is bool:

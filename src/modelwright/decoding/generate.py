@@ -9,13 +9,14 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from modelwright.errors import UserError
 from modelwright.models.scoring import context_length
@@ -59,6 +60,12 @@ class Sampling:
             raise UserError("top_p must be above 0 and at most 1; min_p must be 0 or more and below 1.")
         if self.repetition_penalty <= 0:
             raise UserError(f"repetition_penalty must be greater than 0, not {self.repetition_penalty}.")
+        shaping = [n for n, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, n) != off]
+        if self.temperature == 0 and shaping:
+            raise UserError(
+                f"{shaping[0]} says what tokens are drawn among, but at temperature 0 nothing is drawn: give a "
+                f"temperature above 0, or leave {shaping[0]} out."
+            )
 
     def warpers(self) -> LogitsProcessorList:
         """Returns the processors that shape the distribution, without the draw."""
@@ -121,11 +128,26 @@ class Completion:
         text: The completion, without prompt, special tokens and stop text.
         tokens: Tokens generated, an end token included.
         finish: ``eos``, ``stop`` or ``length``.
+        ids: The tokens.
     """
 
     text: str
     tokens: int
     finish: str
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt for methods that set it beside itself without its context.
+
+    Attributes:
+        text: The prompt.
+        without_context: The same without what is to be relied on.
+    """
+
+    text: str
+    without_context: str
 
 
 def stream_seed(seed: int, prompt: int, sample: int) -> int:
@@ -149,7 +171,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str, system: str | Non
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Iterable[str],
+    prompts: Iterable[str | Prompt],
     sampling: Sampling,
     *,
     samples: int = 1,
@@ -163,7 +185,7 @@ def generate(
     Args:
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
-        prompts: Prompts; an empty one starts a document.
+        prompts: Prompts; an empty one starts a document. All of them, or none, are :class:`Prompt`.
         sampling: How tokens are chosen.
         samples: Completions per prompt.
         batch_size: Prompts at once.
@@ -179,22 +201,20 @@ def generate(
     """
     sampling.check()
     run = generate_with or model.generate
-    longest = context_length(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    padding = _padding(model, tokenizer)
+    stops = StoppingCriteriaList([StopStringCriteria(tokenizer, list(sampling.stop))] if sampling.stop else [])
     number, stream = start, iter(prompts)
     while group := list(islice(stream, batch_size)):
-        rows = [tokenizer(p, add_special_tokens=special_tokens)["input_ids"] or prefix_ids(tokenizer) for p in group]
-        if (top := max(map(max, rows))) >= vocabulary:
-            raise UserError(
-                f"The tokenizer gives token {top}, but the model knows only {vocabulary}: it is another model's."
-            )
+        rows = [encode_prompt(tokenizer, _text(prompt), special_tokens) for prompt in group]
         for offset, row in enumerate(rows):
-            if longest is not None and len(row) + sampling.max_new_tokens > longest:
-                raise UserError(
-                    f"Prompt {number + offset + 1} has {len(row)} tokens, which leaves no room for "
-                    f"{sampling.max_new_tokens} new ones in the model's {longest}: shorten one or the other."
-                )
-        ids, mask = left_pad([row for row in rows for _ in range(samples)], _padding(model, tokenizer))
+            check_prompt(model, row, sampling, f"Prompt {number + offset + 1}")
+        ids, mask = left_pad([row for row in rows for _ in range(samples)], padding)
+        without = [p.without_context for p in group if isinstance(p, Prompt)]
+        extra = {}
+        if without:
+            others = [encode_prompt(tokenizer, text, special_tokens) for text in without for _ in range(samples)]
+            both = (tensor.to(model.device) for tensor in left_pad(others, padding))
+            extra = dict(zip(("without_context_ids", "without_context_mask"), both, strict=True))
         seeds = [stream_seed(sampling.seed, number + i, s) for i in range(len(group)) for s in range(samples)]
         processors = LogitsProcessorList([RefuseNan()])
         if sampling.temperature > 0:
@@ -212,14 +232,49 @@ def generate(
                 top_p=None,
                 repetition_penalty=sampling.repetition_penalty,
                 max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=_padding(model, tokenizer),
+                pad_token_id=padding,
                 logits_processor=processors,
-                **({"stop_strings": list(sampling.stop), "tokenizer": tokenizer} if sampling.stop else {}),
+                # generate would make it itself, but loses the tokenizer where a decoder takes the loop's place.
+                stopping_criteria=stops,
+                **extra,
             )
         completions = [_completion(row, model, tokenizer, sampling) for row in out[:, ids.shape[1] :].tolist()]
         for at in range(0, len(completions), samples):
             yield completions[at : at + samples]
         number += len(group)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = True) -> list[int]:
+    """Returns a prompt's tokens; at least one, which starts a document."""
+    return tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"] or prefix_ids(tokenizer)
+
+
+def check_prompt(model: PreTrainedModel, ids: Sequence[int], sampling: Sampling, name: str) -> None:
+    """Refuses a prompt that the model cannot take.
+
+    Args:
+        model: The model.
+        ids: The prompt's tokens.
+        sampling: Says how many tokens must still fit.
+        name: What the prompt is called in the message.
+
+    Raises:
+        UserError: A token is beyond the model's vocabulary, or prompt and completion beyond its positions.
+    """
+    vocabulary, longest = model.get_input_embeddings().weight.shape[0], context_length(model)
+    if (top := max(ids)) >= vocabulary:
+        raise UserError(
+            f"The tokenizer gives token {top}, but the model knows only {vocabulary}: it is another model's."
+        )
+    if longest is not None and len(ids) + sampling.max_new_tokens > longest:
+        raise UserError(
+            f"{name} has {len(ids)} tokens, which leaves no room for {sampling.max_new_tokens} new ones in the model's "
+            f"{longest}: shorten one or the other."
+        )
+
+
+def _text(prompt: str | Prompt) -> str:
+    return prompt.text if isinstance(prompt, Prompt) else prompt
 
 
 def left_pad(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,4 +313,4 @@ def _completion(
     found = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
     if found:
         text, finish = text[: min(found)], "stop"
-    return Completion(text, len(ids), finish)
+    return Completion(text, len(ids), finish, tuple(ids))

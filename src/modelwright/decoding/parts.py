@@ -227,13 +227,13 @@ def _named(given: str | Path | Mapping[str, Any]) -> list[tuple[str, Mapping[str
 
     from modelwright.values import parse_value
 
-    where, value = "--with", typing.cast(Any, given)
+    where, value = "", typing.cast(Any, given)
     if isinstance(given, (str, Path)):
         text = str(given)
         path = Path(text).expanduser()
         single = "\n" not in text and ":" not in text
         if single and (path.suffix in (".yaml", ".yml", ".json") or path.is_file()):
-            where = text
+            where = f"{text}: "
             try:
                 text = path.read_text(encoding="utf-8")
             except FileNotFoundError as error:
@@ -244,22 +244,24 @@ def _named(given: str | Path | Mapping[str, Any]) -> list[tuple[str, Mapping[str
             value = parse_value(text)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            line = f", line {mark.line + 1}" if mark and where != "--with" else ""
             problem = str(getattr(error, "problem", None) or error)
-            raise UserError(f"{where}{line}: {text.strip()[:80]!r} is not valid YAML ({problem}).") from error
+            if where:
+                line = f", line {mark.line + 1}" if mark else ""
+                raise UserError(f"{given}{line}: this is not valid YAML ({problem}).") from error
+            raise UserError(f"The method {text.strip()[:80]!r} is not valid YAML ({problem}).") from error
     if isinstance(value, str):
         value = {value: None}
     if isinstance(value, list):
         return [(name, options, where) for item in value for name, options, _ in _named(item)]
     if not isinstance(value, Mapping) or not value:
         raise UserError(
-            f"{where} must name a method and its options, such as 'string: {{window: 64}}', not {str(value)[:80]!r}."
+            f"{where}{str(value)[:80]!r} must name a method and its options, such as 'string: {{window: 64}}'."
         )
     found = []
     for name, options in value.items():
         if options is not None and not isinstance(options, Mapping):
             raise UserError(
-                f"{where}: the options of '{name}' must be a mapping, such as '{name}: {{option: value}}', not "
+                f"{where}the options of '{name}' must be a mapping, such as '{name}: {{option: value}}', not "
                 f"{str(options)[:80]!r}. (In one line, YAML wants a space after the colon.)"
             )
         found.append((str(name), options or {}, where))
@@ -271,16 +273,16 @@ def _part(name: str, options: Mapping[str, Any], where: str) -> Part:
     kinds = [kind for kind in _KINDS if wanted in catalog.provided(kind)]
     if not kinds:
         known = [part for kind in _KINDS for part in catalog.provided(kind)]
-        raise UserError(f"{where}: '{name}' is no decoding method: {did_you_mean(wanted, known)}")
+        raise UserError(f"{where}'{name}' is no decoding method: {did_you_mean(wanted, known)}")
     cls = catalog.load(kinds[0], wanted)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     plain = {str(key): value for key, value in options.items()}
     if missing := [n for n in _required(cls) if n not in {k.replace("-", "_") for k in plain}]:
-        raise UserError(f"{where}: '{name}' needs the option '{missing[0]}'; it knows: {', '.join(known)}.")
+        raise UserError(f"{where}'{name}' needs the option '{missing[0]}'; it knows: {', '.join(known)}.")
     try:
         return Part(kinds[0], wanted, make_part(cls, wanted, plain))
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}{error}") from error
 
 
 def _required(cls: type) -> list[str]:

@@ -20,6 +20,7 @@ class Option:
 
     Attributes:
         name: Its name under ``with:``.
+        field: Its name in the dataclass, which differs where the name is a word of Python.
         hint: Its type, for pydantic.
         kind: :attr:`modelwright.options.Arg.kind`.
         filename: For an output: its name in the step's folder.
@@ -27,6 +28,7 @@ class Option:
     """
 
     name: str
+    field: str
     hint: Any
     kind: str
     filename: str
@@ -81,5 +83,6 @@ def options_of(verb: type) -> dict[str, Option]:
             hint, *metadata = typing.get_args(hint)
             arg = next((m for m in metadata if isinstance(m, Arg)), arg)
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        found[field.name] = Option(field.name, hint, arg.kind, arg.filename, default)
+        name = field.name.rstrip("_")
+        found[name] = Option(name, field.name, hint, arg.kind, arg.filename, default)
     return found

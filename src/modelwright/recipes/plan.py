@@ -264,9 +264,19 @@ class Plan:
             value = resolved[name] if unknown else option.convert(resolved[name])
             if option.kind == "input":
                 value = self._input_identity(value, (name,))
+            if option.kind == "methods" and not unknown:
+                value = self._methods_identity(value, (name,))
             if option.kind != "run":
                 identity[name] = value
         return identity
+
+    def _methods_identity(self, value: Any, place: Place) -> Any:
+        from modelwright.decoding.parts import read_parts
+
+        try:
+            return read_parts(value).identity()
+        except UserError as error:
+            raise ReferenceProblem(place, str(error)) from error
 
     def _input_identity(self, value: Any, place: Place) -> Any:
         if isinstance(value, (list, tuple)):

@@ -98,7 +98,7 @@ def run_step(job: dict[str, Any], progress: Any) -> dict[str, Any]:
         module, attribute = job["verb"].split(":")
         verb = getattr(importlib.import_module(module), attribute)
         known = options_of(verb)
-        values = {name: known[name].convert(value) for name, value in job["options"].items()}
+        values = {known[name].field: known[name].convert(value) for name, value in job["options"].items()}
         if "force" in known:
             values.setdefault("force", True)  # whatever lies in this folder is ours to replace
         started, stamp = time.perf_counter(), time.time()

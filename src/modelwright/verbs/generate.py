@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +36,14 @@ class Generate:
     tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
     limit: Annotated[int | None, Arg("Use only this many prompts of the files.")] = None
     max_new_tokens: Annotated[int, Arg("Tokens at most per completion.")] = 128
+    with_: Annotated[
+        list[str | dict[str, Any]],
+        Arg("A decoding method: a YAML or JSON file, a name, or 'name: {option: value}'.", kind="methods"),
+    ] = field(default_factory=list)
+    compare: Annotated[
+        bool,
+        Arg("Also complete without the methods; sets both side by side on an HTML page named as the output."),
+    ] = False
     temperature: Annotated[float, Arg("0: the most probable token; else draw.")] = 0.0
     top_k: Annotated[int, Arg("Draw among this many most probable tokens; 0: all.")] = 0
     top_p: Annotated[float, Arg("Draw among the most probable tokens that have this probability together.")] = 1.0
@@ -44,6 +54,10 @@ class Generate:
     seed: Annotated[int, Arg("Seed of the draws.")] = 0
     chat: Annotated[bool, Arg("Lay each prompt out as a user's message by the tokenizer's chat template.")] = False
     system: Annotated[str | None, Arg("System message, with --chat.")] = None
+    context_field: Annotated[str, Arg("Field with the part of the prompt that a contrast leaves out.")] = "context"
+    answer_field: Annotated[
+        str | None, Arg("With --compare: field with right answers; found by the names answers and answer.")
+    ] = None
     batch_size: Annotated[int, Arg("Prompts at once.", kind="run")] = 8
     dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
     device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
@@ -53,18 +67,19 @@ class Generate:
     def run(self, progress: Progress) -> dict[str, Any]:
         """Generates; returns prompts, completions, generated_tokens, tokens_per_second and how completions ended."""
         import dataclasses
-        import itertools
 
         from modelwright.data.records import Records
         from modelwright.data.write import check_format
         from modelwright.decoding.generate import Sampling
-        from modelwright.decoding.run import generate_to_file
+        from modelwright.decoding.parts import read_parts
+        from modelwright.decoding.run import Layout, generate_to_file
         from modelwright.errors import UserError
         from modelwright.files import check_output, content_hash
         from modelwright.models.loading import load_model, load_tokenizer
 
         check_output(self.output, self.force)
         check_format(self.output)
+        page = self.output.with_suffix(".html")
         if not self.prompts and not self.prompt:
             raise UserError("There are no prompts: give --prompt TEXT or --prompts FILE.")
         if self.batch_size < 1 or self.samples < 1:
@@ -72,6 +87,13 @@ class Generate:
         names = [f.name for f in dataclasses.fields(Sampling)]
         sampling = Sampling(**{n: getattr(self, n) for n in names if n != "stop"}, stop=tuple(self.stop))
         sampling.check()
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(f"At temperature 0 all {self.samples} samples of a prompt would be the same: give another.")
+        parts = read_parts(self.with_)
+        if self.compare:
+            if not parts.all:
+                raise UserError("--compare sets a method beside none: name one with --with.")
+            check_output(page, self.force)
         records = Records(self.prompts, self.prompt_field, field_option="prompt_field") if self.prompts else None
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
@@ -80,12 +102,33 @@ class Generate:
             "model": content_hash(folder) if folder.is_dir() else self.model,
             "prompts": [self.prompt, records.fingerprint() if records else None, self.prompt_field, self.limit],
             "sampling": dataclasses.asdict(sampling),
-            "rest": [self.samples, self.chat, self.system, self.tokenizer, self.dtype],
+            "with": parts.identity(),
+            "rest": [self.samples, self.chat, self.system, self.tokenizer, self.dtype, self.context_field],
         }
-        from_files = ((r.text, r.row) for r in records) if records else iter(())
-        rows = itertools.chain(((p, {}) for p in self.prompt), itertools.islice(from_files, self.limit))
+
+        def compare(summary: dict[str, Any], rows: Any) -> None:
+            from modelwright.report.comparison import write_comparison
+
+            settings = {"model": self.model, "with": parts.identity(), "sampling": plan["sampling"]}
+            summary |= write_comparison(
+                page, rows(), summary, settings=settings, answer_field=self.answer_field, force=self.force
+            )
+
         return generate_to_file(
-            model, tokenizer, rows, self.output, sampling,
-            plan=plan, samples=self.samples, batch_size=self.batch_size, chat=self.chat, system=self.system,
-            force=self.force, progress=progress,
+            model, tokenizer, _Rows(self.prompt, records, self.limit), self.output, sampling,
+            plan=plan, parts=parts, compare=compare if self.compare else None, samples=self.samples,
+            batch_size=self.batch_size, layout=Layout(self.chat, self.system, self.context_field), force=self.force,
+            progress=progress,
         )  # fmt: skip
+
+
+class _Rows:
+    """Prompts of the command line and then of the files, each time anew."""
+
+    def __init__(self, prompts: list[str], records: Any, limit: int | None) -> None:
+        self.prompts, self.records, self.limit = prompts, records, limit
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        yield from ((prompt, {}, "") for prompt in self.prompts)
+        if self.records is not None:
+            yield from ((r.text, r.row, r.where) for r in itertools.islice(self.records, self.limit))
