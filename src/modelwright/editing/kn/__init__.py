@@ -1,0 +1,1 @@
+"""Knowledge neurons: find the units that hold a fact, and rewrite what they write."""

@@ -1,0 +1,185 @@
+"""Training what an editor needs before it can edit (MEND's networks, SERAC's classifier and small model).
+
+Step ``t`` sees the same examples whatever happened before, and a checkpoint holds the optimizer too: a run that was
+killed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from modelwright.errors import UserError
+from modelwright.files import atomic_path, read_json, write_json
+from modelwright.progress import Progress, Silent
+
+_TENSORS, _STATE = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long to train and how.
+
+    Attributes:
+        steps: Examples at most.
+        accumulate: Examples whose gradients are summed before the optimizer moves.
+        clip: Largest norm of that sum.
+        eval_every: Examples between two looks at the validation loss.
+        patience: Examples without a better validation loss after which training stops.
+        save_seconds: Between checkpoints.
+    """
+
+    steps: int
+    accumulate: int = 10
+    clip: float = 100.0
+    eval_every: int = 5_000
+    patience: int = 40_000
+    save_seconds: float = 120.0
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for a value that makes no sense."""
+        if min(self.steps, self.accumulate, self.eval_every, self.patience) < 1:
+            raise UserError("steps, accumulate, eval_every and patience must all be at least 1.")
+        if not self.clip > 0:
+            raise UserError(f"The largest norm of the gradient must be above 0, not {self.clip}.")
+
+
+def learn(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[int], torch.Tensor],
+    schedule: Schedule,
+    *,
+    validate: Callable[[], float] | None = None,
+    checkpoint: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trains a module in place; at the end it has the weights with the best validation loss.
+
+    Args:
+        module: What is trained and kept; its buffers are kept too.
+        optimizer: Over its parameters.
+        loss: From the number of a step, from 0, to that example's loss.
+        schedule: How long.
+        validate: Returns a loss on held-out examples; without it the last weights are kept.
+        checkpoint: Folder to continue from and to save to, or None.
+        settings: What the run depends on; a checkpoint with other settings is refused.
+        progress: Where to tell.
+
+    Returns:
+        ``steps``, ``loss`` (mean of the last hundred), ``best_step``, ``best_validation_loss``, ``resumed_from``.
+
+    Raises:
+        UserError: The loss is not finite, or the checkpoint is of another run.
+    """
+    schedule.check()
+    progress = progress or Silent()
+    state: dict[str, Any] = {"step": 0, "best_step": 0, "best": None, "losses": []}
+    best: dict[str, torch.Tensor] = {}
+    if checkpoint is not None and (checkpoint / _STATE).is_file():
+        state, best = _load(checkpoint, module, optimizer, settings)
+    resumed = state["step"]
+    if validate is not None and state["best"] is None:
+        state["best"], best = validate(), _copy(module)
+    progress.start("training the editor", schedule.steps)
+    progress.advance(resumed)
+    saved = time.monotonic()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    while state["step"] < schedule.steps and state["step"] - state["best_step"] < schedule.patience:
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(min(schedule.accumulate, schedule.steps - state["step"])):
+            value = loss(state["step"])
+            if not bool(torch.isfinite(value)):
+                raise UserError(
+                    f"The loss is {float(value)} at step {state['step']}: training diverged; lower the learning rate."
+                )
+            value.backward()
+            state["step"] += 1
+            state["losses"] = [*state["losses"][-99:], float(value)]
+            progress.advance(1, f"loss {sum(state['losses']) / len(state['losses']):.4g}")
+        torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        optimizer.step()
+        last = state["step"] >= schedule.steps
+        due = state["step"] // schedule.eval_every > (state["step"] - schedule.accumulate) // schedule.eval_every
+        if validate is None:
+            state["best_step"] = state["step"]
+        elif (due or last) and (now := validate()) < state["best"]:
+            state["best"], state["best_step"], best = now, state["step"], _copy(module)
+        if checkpoint is not None and time.monotonic() - saved > schedule.save_seconds:
+            _save(checkpoint, module, optimizer, state, best, settings)
+            saved = time.monotonic()
+    if best:
+        module.load_state_dict(best)
+    losses = state["losses"]
+    return {
+        "steps": state["step"],
+        "loss": sum(losses) / len(losses) if losses else math.nan,
+        "best_step": state["best_step"],
+        "best_validation_loss": state["best"],
+        "resumed_from": resumed,
+    }
+
+
+def order(seed: int, count: int, step: int) -> int:
+    """Returns which of ``count`` examples a step sees: all of them in each pass, in an order of that pass's own."""
+    turn, place = divmod(step, count)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + turn) % (1 << 63))
+    return int(torch.randperm(count, generator=generator)[place])
+
+
+def _copy(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def _save(
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    best: dict[str, torch.Tensor],
+    settings: dict[str, Any] | None,
+) -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    with atomic_path(folder, force=True) as partial:
+        partial.mkdir()
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, partial / _TENSORS)
+        write_json(partial / _STATE, {**state, "settings": settings or {}})
+
+
+def _load(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    state = read_json(folder / _STATE)
+    if state.pop("settings") != (settings or {}):
+        raise UserError(
+            f"{folder} holds an unfinished training with other options: repeat those, or discard it with --force."
+        )
+    parts: dict[str, dict[str, torch.Tensor]] = {"module": {}, "best": {}, "optimizer": {}}
+    for name, tensor in load_file(folder / _TENSORS).items():
+        kind, rest = name.split(".", 1)
+        parts[kind][rest] = tensor
+    module.load_state_dict(parts["module"])
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        number, field = name.split(".")
+        moments.setdefault(int(number), {})[field] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return state, parts["best"]
+
+
+def mean_loss(losses: Sequence[torch.Tensor]) -> float:
+    """Returns the mean of scalar losses, in float64; infinite if one is not finite."""
+    total = sum(float(loss) for loss in losses) / len(losses)
+    return total if math.isfinite(total) else math.inf

@@ -1,0 +1,1 @@
+"""MEND: networks that make an edit of a fine-tuning gradient."""
