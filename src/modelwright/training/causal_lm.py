@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import signal
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +14,13 @@ import torch
 from transformers import TrainingArguments
 
 from modelwright.errors import UserError
-from modelwright.models.loading import quiet, resolve_device
+from modelwright.models.loading import resolve_device
 from modelwright.models.scoring import bits_per_byte, context_length
 from modelwright.progress import Progress, Silent
 from modelwright.training.options import TrainingOptions
 from modelwright.training.packing import PackedBlocks, as_batch
-from modelwright.training.resume import Companion, latest_checkpoint
+from modelwright.training.resume import latest_checkpoint
+from modelwright.training.session import session, training_arguments
 from modelwright.training.trainer import CausalTrainer
 
 if TYPE_CHECKING:
@@ -89,14 +87,13 @@ def train(
     options.check()
     _check_model(model, tokens, options)
     progress = progress or Silent()
-    with contextlib.ExitStack() as stack:
-        work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modelwright-training-")))
-        stack.enter_context(quiet())
+    smaller = (
+        f"at batches of {options.batch_size} x {options.block_size} tokens: use a smaller batch_size with more "
+        f"gradient_accumulation"
+    )
+    with session(options, model, folder, progress, smaller=smaller) as (work, companion):
         args = _arguments(options, work, len(tokens), bool(heldout), save=folder is not None)
         total = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        companion = stack.enter_context(Companion(progress, options.save_minutes, can_save=folder is not None))
-        if options.gradient_checkpointing:
-            stack.enter_context(checkpointing(model))
         trainer = CausalTrainer(
             options=options,
             evaluate_with=_evaluator(tokenizer, heldout, options) if heldout else None,
@@ -107,30 +104,9 @@ def train(
             data_collator=as_batch,
             callbacks=[companion],
         )
-        try:
-            trainer.resume(latest_checkpoint(work))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"Memory is full at batches of {options.batch_size} x {options.block_size} tokens: use a smaller "
-                f"batch_size with more gradient_accumulation, or gradient_checkpointing."
-            ) from error
-    if companion.signal is not None:
-        signal.raise_signal(companion.signal)  # the caller's handler is in place again
-        raise KeyboardInterrupt
+        trainer.resume(latest_checkpoint(work))
     model.eval()
     return _result(trainer, model)
-
-
-@contextlib.contextmanager
-def checkpointing(model: Any) -> Iterator[None]:
-    """Recomputes activations in the backward pass while the block runs."""
-    # Not by TrainingArguments: later versions have another name for it, there and here.
-    new = hasattr(model, "activation_checkpointing_enable")
-    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
 
 
 def _check_model(model: PreTrainedModel, tokens: np.ndarray, options: TrainingOptions) -> None:
@@ -149,41 +125,20 @@ def _check_model(model: PreTrainedModel, tokens: np.ndarray, options: TrainingOp
 
 def _arguments(options: TrainingOptions, work: Path, tokens: int, evaluate: bool, save: bool) -> TrainingArguments:
     device = resolve_device(options.device)
-    bf16 = options.precision == "bfloat16"
-    if options.precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = options.total_steps(tokens, processes)
-    every = options.eval_every or steps
-    args = TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
+    args = training_arguments(
+        TrainingArguments,
+        options,
+        work,
+        options.total_steps(tokens, processes),
+        device,
+        evaluate=evaluate,
+        save=save,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.beta1,
-        adam_beta2=options.beta2,
-        max_grad_norm=options.clip,
-        optim="adamw_torch_fused" if device.type in ("cpu", "cuda") else "adamw_torch",
-        seed=options.seed,
-        bf16=bf16,
-        use_cpu=device.type == "cpu",
         torch_compile=options.compile,
-        logging_strategy="steps",
-        logging_steps=options.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=every,
-        save_strategy="steps" if save and options.save_every else "no",
-        save_steps=options.save_every or steps,
-        save_total_limit=2,  # the one before stays until the newest is whole
-        dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to="none",
     )
     # Several visible GPUs without torchrun would mean DataParallel, which is slow and changes the batch size.
     args._n_gpu = min(args.n_gpu, 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import TrainingArguments
 
 from modelwright.errors import UserError
+from modelwright.training.options import RunOptions
 
 
 @dataclass
@@ -40,24 +41,13 @@ class ContrastiveTrainingArguments(TrainingArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveOptions:
+class ContrastiveOptions(RunOptions):
     """Options of a run of `modelwright train contrastive`.
 
     Attributes:
-        steps: Optimizer steps; None if ``epochs`` says how long.
-        epochs: Passes over the data.
         batch_size: Pairs of a step, over all processes.
         mini_batch_size: Pairs in the encoder at a time, on each process.
-        learning_rate: Peak learning rate.
-        schedule: Shape after the warm-up.
-        warmup: Warm-up, linear from 0: steps if 1 or more, else the fraction of all steps.
-        min_lr_ratio: Last learning rate over the peak, for ``cosine`` and ``linear``.
         optimizer: ``adamw`` or ``adafactor`` (no momentum, sub-linear memory; beta1 and beta2 have no effect).
-        weight_decay: Decay of matrices (linear maps, convolutions, embeddings); norms, biases, scale and bias have
-            none.
-        beta1: Decay of the gradient's mean.
-        beta2: Decay of the gradient's square.
-        clip: Largest norm of the gradient; 0 for none.
         objective: ``softmax`` (CLIP, InfoNCE), ``sigmoid`` (SigLIP), or what suits the model.
         directions: Of the softmax loss: ``both``, or ``one``, from query to key; ``auto`` is both for image-text (CLIP)
             and one for text-text (InfoNCE).
@@ -66,30 +56,15 @@ class ContrastiveOptions:
         scale: Fixes the multiplier of the cosines.
         pooling: Of an encoder of texts.
         max_tokens: Longest text.
-        gradient_checkpointing: Recompute activations within a sub-batch too.
-        precision: ``auto`` is bfloat16 (autocast, weights in float32) where the accelerator has it, else float32.
-        seed: Seed of the order of data, of dropout and of selection.
         workers: Processes that read and prepare data.
-        log_every: Steps between rows of the log.
-        eval_every: Steps between evaluations; 0 evaluates at the end only.
-        save_every: Steps between checkpoints; 0 for none by steps.
-        save_minutes: Minutes between checkpoints; 0 for none by time.
-        device: ``auto``, ``cpu``, ``cuda`` …
     """
 
-    steps: int | None = None
-    epochs: float | None = None
+    learning_rate: float = 1e-4
+    min_lr_ratio: float = 0.0
+    beta2: float = 0.98
     batch_size: int = 1024
     mini_batch_size: int = 128
-    learning_rate: float = 1e-4
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.03
-    min_lr_ratio: float = 0.0
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.98
-    clip: float = 1.0
     objective: Literal["auto", "softmax", "sigmoid"] = "auto"
     directions: Literal["auto", "both", "one"] = "auto"
     block_size: int | None = None
@@ -97,33 +72,12 @@ class ContrastiveOptions:
     scale: float | None = None
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     max_tokens: int | None = None
-    gradient_checkpointing: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
     workers: int = 2
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
-    save_minutes: float = 5.0
-    device: str = "auto"
 
-    def check(self) -> None:
-        """Raises :class:`UserError` for the first option that makes no sense."""
-        given = [n for n in ("steps", "epochs") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise UserError(f"Say how long to train by one of steps or epochs (given: {', '.join(given) or 'none'}).")
-        for name in (*given, "batch_size", "mini_batch_size", "learning_rate", "log_every", "block_size", "scale"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{name} must be greater than 0, not {value}.")
-        for name in ("warmup", "weight_decay", "clip", "eval_every", "save_every", "save_minutes", "seed", "workers"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must be 0 or more and less than 1, not {getattr(self, name)}.")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"min_lr_ratio must lie between 0 and 1, not {self.min_lr_ratio}.")
+    positive: ClassVar[tuple[str, ...]] = (
+        *(*RunOptions.positive, "batch_size", "mini_batch_size", "block_size", "scale"),
+    )
+    not_negative: ClassVar[tuple[str, ...]] = (*RunOptions.not_negative, "workers")
 
     def total_steps(self, steps_per_pass: int) -> int:
         """Returns the number of optimizer steps."""
@@ -131,7 +85,3 @@ class ContrastiveOptions:
             return self.steps
         assert self.epochs is not None
         return max(1, math.ceil(round(self.epochs * steps_per_pass, 6)))
-
-    def warmup_steps(self, total: int) -> int:
-        """Returns the length of the warm-up in steps."""
-        return round(self.warmup if self.warmup >= 1 else self.warmup * total)

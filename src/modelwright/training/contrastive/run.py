@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import shutil
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,15 @@ from transformers import PrinterCallback
 
 from modelwright.errors import UserError
 from modelwright.files import atomic_path, check_output, content_hash, read_json, write_json
-from modelwright.models.loading import describe, load_tokenizer, quiet, resolve_device
+from modelwright.models.loading import describe, load_tokenizer, resolve_device
 from modelwright.progress import Progress, Silent
-from modelwright.training.causal_lm import checkpointing
 from modelwright.training.contrastive.arguments import ContrastiveOptions, ContrastiveTrainingArguments
 from modelwright.training.contrastive.batches import Order
 from modelwright.training.contrastive.encoders import PairEncoder, load_pair_encoder, pair_encoder
 from modelwright.training.contrastive.pairs import Pairs, read_pairs
 from modelwright.training.contrastive.trainer import ContrastiveTrainer, default_loss
-from modelwright.training.resume import Companion, latest_checkpoint, working_folder
+from modelwright.training.resume import latest_checkpoint, working_folder
+from modelwright.training.session import session, training_arguments
 from modelwright.training.trainer import rate
 
 #: What does not change the result, and may differ when a run is taken up again.
@@ -178,21 +176,17 @@ def train_pairs(
         UserError: See :func:`train_pairs_to_folder`; or memory is full.
         KeyboardInterrupt: Ctrl-C or SIGTERM (what the caller's handler raises); a checkpoint is in ``folder``.
     """
-    import tempfile
-
     options.check()
     progress = progress or Silent()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     device = device or resolve_device(options.device)
     size = selection.super_batch_size(options.batch_size) if selection is not None else options.batch_size
     steps = options.total_steps(Order(len(pairs), size, processes=processes).steps_per_pass)
-    with contextlib.ExitStack() as stack:
-        work = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modelwright-training-")))
-        stack.enter_context(quiet())
+    smaller = (
+        f"at {options.mini_batch_size} pairs in the encoder: use a smaller mini_batch_size (the result is the same)"
+    )
+    with session(options, encoder.model, folder, progress, smaller=smaller, ask_every=1) as (work, companion):
         args = _arguments(options, work, steps, device, processes, heldout is not None, save=folder is not None)
-        companion = stack.enter_context(Companion(progress, options.save_minutes, folder is not None, ask_every=1))
-        if options.gradient_checkpointing:
-            stack.enter_context(checkpointing(encoder.model))
         trainer = ContrastiveTrainer(
             encoder,
             args,
@@ -209,16 +203,7 @@ def train_pairs(
             callbacks=[companion],
         )
         trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.resume(latest_checkpoint(work))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"Memory is full at {options.mini_batch_size} pairs in the encoder: use a smaller mini_batch_size (the "
-                f"result is the same), or gradient_checkpointing."
-            ) from error
-    if companion.signal is not None:
-        signal.raise_signal(companion.signal)  # the caller's handler is in place again
-        raise KeyboardInterrupt
+        trainer.resume(latest_checkpoint(work))
     encoder.eval()
     return trainer
 
@@ -326,39 +311,20 @@ def _arguments(
     evaluate: bool,
     save: bool,
 ) -> ContrastiveTrainingArguments:
-    bf16 = options.precision == "bfloat16"
-    if options.precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    adafactor = options.optimizer == "adafactor"
-    fused = device.type in ("cpu", "cuda")
-    return ContrastiveTrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
+    more: dict[str, Any] = {"optim": "adafactor"} if options.optimizer == "adafactor" else {}
+    return training_arguments(
+        ContrastiveTrainingArguments,
+        options,
+        work,
+        steps,
+        device,
+        evaluate=evaluate,
+        save=save,
         per_device_train_batch_size=options.batch_size // processes,
         mini_batch_size=options.mini_batch_size,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.beta1,
-        adam_beta2=options.beta2,
-        max_grad_norm=options.clip,
-        optim="adafactor" if adafactor else "adamw_torch_fused" if fused else "adamw_torch",
-        seed=options.seed,
-        bf16=bf16,
-        use_cpu=device.type == "cpu",
         dataloader_num_workers=options.workers,
-        dataloader_pin_memory=device.type == "cuda",
-        logging_strategy="steps",
-        logging_steps=options.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=options.eval_every or steps,
-        save_strategy="steps" if save and options.save_every else "no",
-        save_steps=options.save_every or steps,
-        save_total_limit=2,  # the one before stays until the newest is whole
         ddp_timeout=7 * 24 * 3600,
-        disable_tqdm=True,
-        report_to="none",
+        **more,
     )
 
 
