@@ -41,7 +41,7 @@ from modelwright.training.inf_cl import tiled_contrastive_loss, tiled_sigmoid_lo
 from modelwright.training.inf_cl.measure import full_matrix, row_chunks
 
 WIDTH = 512
-BATCHES = (16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+BATCHES = (1024, 4096, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576)
 #: torch.set_float32_matmul_precision, which our kernels follow too, and what products of float32 then are.
 PRECISIONS = {"highest": "float32", "high": "tf32"}
 SCALE, BIAS = 14.3, -10.0
@@ -320,7 +320,7 @@ def tune(until: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the two smallest batches only")
+    parser.add_argument("--quick", action="store_true", help="the three smallest batches only")
     parser.add_argument("--tune", action="store_true", help="time our kernels' launches; writes nothing")
     parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing new is begun")
     parser.add_argument("--peers", type=Path, help="folder with the published packages")
@@ -338,7 +338,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("This benchmark needs a CUDA device, and torch finds none here: nothing was measured.")
         return
-    batches = BATCHES[:2] if options.quick else BATCHES
+    batches = BATCHES[:3] if options.quick else BATCHES
     if options.family:
         for case in cases(options.family, batches, options.until):
             print(json.dumps(case), flush=True)
