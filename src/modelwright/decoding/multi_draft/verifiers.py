@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from modelwright.decoding.multi_draft.laws import (
     PrioritySelection,
     SetSelection,
     as_law,
+    ascending,
     draft_laws,
     identical,
 )
@@ -164,6 +166,24 @@ class RecursiveRejection:
         return 1 - missed
 
 
+class _Overlap:
+    """``sum min(p, q / gamma)`` for any gamma, by running sums in the order of q/p, which are kept on the CPU."""
+
+    def __init__(self, p: Tensor, q: Tensor) -> None:
+        both = ((p > 0) & (q > 0)).nonzero().flatten()
+        own, target = p[both], q[both]
+        ratio = target / own
+        order = ascending(ratio)
+        self.ratio = ratio[order].cpu().numpy()
+        sums = torch.stack([own[order], target[order]]).cumsum(1).cpu().numpy()
+        self.p, self.q = np.pad(sums, ((0, 0), (1, 0)))
+
+    def __call__(self, gamma: float) -> float:
+        """The overlap."""
+        at = int(self.ratio.searchsorted(gamma))
+        return float(self.q[at] / gamma + self.p[-1] - self.p[at])
+
+
 class SequentialSelection:
     """SpecTr's K-SEQ: each draft in turn is kept with probability ``min(1, q / (gamma p))``.
 
@@ -178,14 +198,12 @@ class SequentialSelection:
 
     def __init__(self, laws: Sequence[Tensor], q: Tensor) -> None:
         self.laws, self.q = laws, q
-        same = identical(laws)
-        both = [(law > 0) & (q > 0) for law in (laws[:1] if same else laws)]
-        parts = [(law[m], q[m]) for law, m in zip(laws, both, strict=False)]
+        overlaps = [_Overlap(law, q) for law in (laws[:1] if identical(laws) else laws)]
+        overlaps *= len(laws) // len(overlaps)
 
         def reach(gamma: float) -> tuple[list[float], list[float]]:
             """Probabilities of keeping each draft when it is its turn, and of its turn coming."""
-            keep = [float(torch.minimum(p, t / gamma).sum()) for p, t in parts]
-            keep = keep * len(laws) if same else keep
+            keep = [overlap(gamma) for overlap in overlaps]
             turn = [1.0]
             for chance in keep[:-1]:
                 turn.append(turn[-1] * (1 - chance))
