@@ -84,9 +84,9 @@ SETTINGS = {
         target=_shape(64, 3, 4), draft=_shape(32, 1, 2), window=64, batch=12, steps=200, rows=40,
     ),
     "gpu": Setting(
-        world={"pool_chunks": 5000, "target_chunks": 1, "heldout_chunks": 1},
-        orders=(4, 1), contexts=500, blocks=3000, length=5,
-        target=_shape(512, 12, 8), draft=_shape(128, 2, 4), window=256, batch=48, steps=1500, rows=50,
+        world={"pool_chunks": 3000, "target_chunks": 1, "heldout_chunks": 1},
+        orders=(4, 1), contexts=300, blocks=1100, length=5,
+        target=_shape(512, 12, 8), draft=_shape(128, 2, 4), window=256, batch=48, steps=500, rows=50,
     ),
 }  # fmt: skip
 
