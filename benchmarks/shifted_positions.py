@@ -1,7 +1,10 @@
 """STRING against plain attention: time and memory of a prefill, and time of a decoding step, interleaved in one run.
 
-    python benchmarks/shifted_positions.py [--quick] [--output results/benchmarks/string.json]
+    python benchmarks/shifted_positions.py [--quick] [--device cpu] [--output results/benchmarks/shifted-positions.json]
+    python benchmarks/shifted_positions.py --device cuda [--sweep]
 
+Whole models first (attention is a part of them), then, on a GPU, the attention of one layer alone by every path that
+could serve it, beside torch's by every backend. ``--sweep`` tries other cuts of the Triton kernel and writes nothing.
 Targets: a prefill within 15% of plain SDPA's time and memory at 16,384 tokens; decoding within 10%.
 """
 
@@ -23,19 +26,25 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modelwright.attention.string import StringConfig, apply_string
+from modelwright.attention.string.hook import Call
+from modelwright.attention.string.rotation import Rotation
+from modelwright.attention.string.serve import by_path
 from modelwright.files import write_json
+from modelwright.kernels.shifted_attention import Turn
 from modelwright.provenance import machine, versions
 
 PREFILL_TARGET, DECODE_TARGET = 1.15, 1.10
 VARIANTS = ("plain", "plain (again)", "string")
+ON_GPU = ("1B", "8B")
 
 
 def shape(size: str, longest: int) -> dict[str, Any]:
     sizes = {
         "quick": (64, 128, 2, 4, 2),
         "cpu": (512, 1408, 4, 8, 4),
-        # Llama 3.1 8B's attention: 32 heads of 128, 8 key/value heads.
-        "gpu": (4096, 14336, 8, 32, 8),
+        # Widths of Llama 3.2 1B and of Llama 3.1 8B, with a quarter or fewer of their layers.
+        "1B": (2048, 8192, 4, 32, 8),
+        "8B": (4096, 14336, 4, 32, 8),
     }
     hidden, intermediate, layers, heads, kept = sizes[size]
     return {
@@ -48,7 +57,7 @@ def shape(size: str, longest: int) -> dict[str, Any]:
 def build(size: str, longest: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape(size, longest), attn_implementation="sdpa")).eval()
-    return model.to("cuda", torch.bfloat16) if size == "gpu" else model
+    return model.to("cuda", torch.bfloat16) if size in ON_GPU else model
 
 
 def context(variant: str, model: LlamaForCausalLM, length: int) -> contextlib.AbstractContextManager[Any]:
@@ -138,22 +147,157 @@ def report_peak(size: str, variant: str, length: int) -> None:
     model = build(size, length + 64)
     ids = torch.randint(1024, (1, length), device=model.device)
     prefill(model, variant, ids[:, :64])  # what every first call takes
-    if size == "gpu":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        prefill(model, variant, ids)
-        print(torch.cuda.max_memory_allocated() - before)
-        return
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     prefill(model, variant, ids)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
+def allocated(function: Callable[[], Any]) -> int:
+    """Bytes that a call on the GPU adds to what is allocated, at most."""
+    function()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def drawn(rows: int, keys: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer's query, key and value with 32 heads and 8 key heads."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    query = torch.randn(1, 32, rows, size, **options)
+    return query, torch.randn(1, 8, keys, size, **options), torch.randn(1, 8, keys, size, **options)
+
+
+def attentions(rows: int, keys: int, size: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """The attention of one layer, by every way that runs here."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    query, key, value = drawn(rows, keys, size)
+    shift, scaling = keys // 3, size**-0.5
+    module = torch.nn.Module()
+    module.register_buffer("inv_freq", 500_000.0 ** -(torch.arange(0, size, 2, device="cuda") / size))
+    rotation = Rotation(module, "inv_freq")
+
+    def plain(*backends: Any) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            with sdpa_kernel(list(backends)) if backends else contextlib.nullcontext():
+                return torch.nn.functional.scaled_dot_product_attention(
+                    query, key, value, is_causal=rows > 1, enable_gqa=True, scale=scaling
+                )
+
+        return call
+
+    def shifted(path: Any) -> Callable[[], torch.Tensor]:
+        call = Call(
+            query=query, key=key, value=value, mask=None, lefts=(), places=None, rotation=rotation, scaling=scaling,
+            softcap=None, dropout=0.0, weights=False,
+        )  # fmt: skip
+        return lambda: by_path(call, path, shift=shift, window=128)[0]
+
+    ways = {
+        "plain": plain(),
+        "plain (again)": plain(),
+        "plain, flash": plain(SDPBackend.FLASH_ATTENTION),
+        "plain, cudnn": plain(SDPBackend.CUDNN_ATTENTION),
+        **{f"string, {path}": shifted(path) for path in ("triton", "flash", "cudnn")},
+    }
+    running = {}
+    for name, way in ways.items():
+        try:
+            way()
+            torch.cuda.synchronize()
+            running[name] = way
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            print(f"{name} does not run here: {str(error).splitlines()[0][:150]}")
+    return running
+
+
+def events(work: dict[str, Callable[[], Any]], repeats: int, calls: int) -> dict[str, list[float]]:
+    """Seconds of a call on the GPU's own clock, in turn; the launches of a call that is short are part of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(repeats + 1):
+        for name, function in work.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                function()
+            stop.record()
+            torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(start.elapsed_time(stop) / 1000 / calls)
+    return seconds
+
+
+@torch.no_grad()
+def layers(lengths: list[int], repeats: int) -> dict[str, Any]:
+    """Times and memory of one layer's attention: {size of head: {tokens: {prefill, memory, decoding}}}."""
+    found: dict[str, Any] = {}
+    for size in (64, 128):
+        for length in lengths:
+            work = attentions(length, length, size)
+            cell = {"prefill": ratios(events(work, repeats, 2)), "memory": {k: allocated(f) for k, f in work.items()}}
+            # Two operations for each feature of each pair, for scores and for the mix.
+            operations = 2 * 2 * size * 32 * length * (length + 1) / 2
+            for name, times in cell["prefill"].items():
+                times["tflops"] = operations / times["seconds"] / 1e12
+                print(
+                    f"layer {size:3} {length:7,} {name:16}prefill {times['seconds'] * 1e3:8.3f} ms "
+                    f"{times['tflops']:4.0f} TFLOP/s {times['ratio_to_plain']:.3f}  memory {cell['memory'][name]:,}"
+                )
+            del work
+            work = attentions(1, length, size)
+            cell["decoding"] = ratios(events(work, repeats, 50))
+            # Keys and values are read once.
+            moved = 2 * 2 * 8 * length * size
+            for name, times in cell["decoding"].items():
+                times["gbytes_per_second"] = moved / times["seconds"] / 1e9
+                print(
+                    f"layer {size:3} {length:7,} {name:16}decoding {times['seconds'] * 1e6:7.1f} us "
+                    f"{times['gbytes_per_second']:5.0f} GB/s {times['ratio_to_plain']:.3f}"
+                )
+            del work
+            found.setdefault(str(size), {})[str(length)] = cell
+    return found
+
+
+@torch.no_grad()
+def sweep(length: int) -> None:
+    """Prints the speed of other cuts of the Triton kernel."""
+    from modelwright.kernels import shifted_attention_triton as kernels
+
+    launch = kernels.Launch
+    many = [
+        launch(m, n, w, s)
+        for m, n, w, s in [
+            (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 2),
+            (128, 32, 8, 4), (64, 128, 4, 2), (128, 32, 4, 3),
+        ]
+    ]  # fmt: skip
+    few = [launch(64, n, w, s) for n, w, s in [(64, 4, 3), (128, 4, 3), (64, 2, 3), (32, 4, 4), (128, 8, 2)]]
+    for size in (128, 64):
+        for rows, cuts in ((length, many), (1, few)):
+            query, key, value = drawn(rows, length, size)
+            turn = Turn(torch.ones(size).cuda(), torch.zeros(size).cuda(), torch.arange(size).int().cuda())
+            for cut in cuts:
+
+                def call(q=query, k=key, v=value, t=turn, c=cut) -> torch.Tensor:  # type: ignore[no-untyped-def]
+                    return kernels.shifted_attention(q, k, v, t, length // 3, scaling=q.shape[-1] ** -0.5, launch=c)
+
+                try:
+                    times = events({"it": call}, 5, 3 if rows > 1 else 50)["it"]
+                    print(f"sweep {size:3} rows {rows:6} {tuple(cut)}: {statistics.median(times) * 1e6:9.1f} us")
+                except Exception as error:
+                    print(f"sweep {size:3} rows {rows:6} {tuple(cut)}: {str(error).splitlines()[0][:100]}")
+
+
 def tables(result: dict[str, Any]) -> dict[str, Any]:
     """Returns what the documentation's page of benchmarks shows of the result."""
+    gpu = result["device"] != "cpu"
     rows = [
         {
+            "model": size,
             "tokens": length,
             "attention": name,
             "prefill (s)": found["prefill"][name]["seconds"],
@@ -161,77 +305,113 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
             "memory ÷ plain": found["memory"].get(name, {}).get("ratio_to_plain"),
             "decoding ÷ plain": found["decoding"][name]["ratio_to_plain"],
         }
-        for length, found in result["lengths"].items()
+        for size, lengths in result["models"].items()
+        for length, found in lengths.items()
         for name in VARIANTS
     ]
+    rows += [
+        {
+            "model": f"attention alone, heads of {size}",
+            "tokens": length,
+            "attention": name,
+            "prefill (s)": found["prefill"][name]["seconds"],
+            "prefill ÷ plain": found["prefill"][name]["ratio_to_plain"],
+            "memory ÷ plain": found["memory"][name] / found["memory"]["plain"],
+            "decoding ÷ plain": found["decoding"].get(name, {}).get("ratio_to_plain"),
+        }
+        for size, lengths in result.get("layers", {}).items()
+        for length, found in lengths.items()
+        for name in found["prefill"]
+    ]
+    title = "STRING: prefill and decoding against plain SDPA"
     return {
-        "title": "STRING: prefill and decoding against plain SDPA",
+        "title": f"{title}, on a GPU" if gpu else title,
         "question": "What do shifted far positions cost?",
         "rows": rows,
-        "notes": "'plain (again)' is the same model measured twice: its ratio is the noise. Memory is what a prefill "
-        "adds to the peak over the weights.",
-        "command": "python benchmarks/shifted_positions.py",
+        "notes": "'plain (again)' is the same measured twice: its ratio is the noise. Memory is what a prefill adds to "
+        "the peak over the weights (attention alone: over its inputs).",
+        "command": f"python benchmarks/shifted_positions.py{' --device cuda' if gpu else ''}",
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs; numbers mean little")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sweep", action="store_true", help="only try other cuts of the Triton kernel; needs a GPU")
     parser.add_argument("--repeats", type=int, help="rounds instead of the usual number")
     parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths instead of the usual ones")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/string.json"))
+    parser.add_argument("--output", type=Path, help="by default in results/benchmarks/, or nowhere if it is --quick")
     parser.add_argument("--peak", nargs=3, metavar=("SIZE", "VARIANT", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         report_peak(options.peak[0], options.peak[1], int(options.peak[2]))
         return
 
-    gpu = torch.cuda.is_available()
-    size = "gpu" if gpu else "quick" if options.quick else "cpu"
+    gpu = options.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    if options.sweep:
+        sweep((options.lengths or [16384])[0])
+        return
     if not gpu:
         torch.set_num_threads(1)
-    usual = [512, 1024] if options.quick else [4096, 16384, 65536, 131072] if gpu else [4096, 8192, 16384]
+    usual = [512, 1024] if options.quick else [16384, 32768, 65536] if gpu else [4096, 8192, 16384]
     lengths = options.lengths or usual
-    repeats = options.repeats or (3 if options.quick else 10 if gpu else 5)
+    repeats = options.repeats or (3 if options.quick else 5)
     steps = 8 if options.quick else 32
-    model = build(size, max(lengths) + 64)
-    found: dict[str, Any] = {}
-    for length in lengths:
-        ids = torch.randint(1024, (1, length), device=model.device)
-        times = interleaved({v: lambda v=v, ids=ids: prefill(model, v, ids) for v in VARIANTS}, repeats, gpu)  # type: ignore[misc]
-        decoded = timed_inside({v: decoding(model, v, ids, steps) for v in VARIANTS}, repeats)
-        peaks = {v: peak_of_process(size, v, length) for v in ("plain", "string")}
-        found[str(length)] = {
-            "prefill": ratios(times),
-            "decoding": ratios(decoded),
-            "memory": {
-                v: {"bytes": p, "ratio_to_plain": p / peaks["plain"] if peaks["plain"] else None}
-                for v, p in peaks.items()
-            },
-        }
-        for name in VARIANTS:
-            memory = found[str(length)]["memory"].get(name, {}).get("ratio_to_plain")
-            print(
-                f"{length:7,} {name:15}prefill {found[str(length)]['prefill'][name]['ratio_to_plain']:.3f}  "
-                f"decoding {found[str(length)]['decoding'][name]['ratio_to_plain']:.3f}  "
-                f"memory {'' if memory is None else f'{memory:.3f}'}"
-            )
+    models: dict[str, Any] = {}
+    for size in ON_GPU if gpu else ["quick" if options.quick else "cpu"]:
+        model = build(size, max(lengths) + 64)
+        for length in lengths:
+            ids = torch.randint(1024, (1, length), device=model.device)
+            work: dict[str, Any] = {v: lambda v=v, ids=ids, model=model: prefill(model, v, ids) for v in VARIANTS}  # type: ignore[misc]
+            times = interleaved(work, repeats, gpu)
+            if gpu:
+                peaks = {v: allocated(work[v]) for v in ("plain", "string")}
+            else:
+                peaks = {v: peak_of_process(size, v, length) for v in ("plain", "string")}
+            decoded = timed_inside({v: decoding(model, v, ids, steps) for v in VARIANTS}, repeats)
+            cell = {
+                "prefill": ratios(times),
+                "decoding": ratios(decoded),
+                "memory": {
+                    v: {"bytes": p, "ratio_to_plain": p / peaks["plain"] if peaks["plain"] else None}
+                    for v, p in peaks.items()
+                },
+            }
+            models.setdefault(size, {})[str(length)] = cell
+            for name in VARIANTS:
+                memory = cell["memory"].get(name, {}).get("ratio_to_plain")
+                print(
+                    f"{size:5} {length:7,} {name:15}prefill {cell['prefill'][name]['ratio_to_plain']:.3f}  "
+                    f"decoding {cell['decoding'][name]['ratio_to_plain']:.3f}  "
+                    f"memory {'' if memory is None else f'{memory:.3f}'}",
+                    flush=True,
+                )
+        del model, work
     result = {
         "format": 1,
-        "benchmark": "string",
+        "benchmark": "shifted-positions-gpu" if gpu else "shifted-positions",
         "quick": options.quick,
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
         "machine": machine(),
         "versions": versions(),
-        "clock": "wall" if gpu else "processor time of one thread",
+        "clock": "wall, device synchronised" if gpu else "processor time of one thread",
         "threads": torch.get_num_threads(),
         "dtype": "bfloat16" if gpu else "float32",
-        "shape": shape(size, max(lengths) + 64),
+        "shapes": {size: shape(size, max(lengths) + 64) for size in models},
         "repeats": repeats,
         "decoded_tokens": steps,
-        "lengths": found,
+        "models": models,
+        **({"layers": layers(lengths, repeats)} if gpu else {}),
         "targets": {"prefill": PREFILL_TARGET, "memory": PREFILL_TARGET, "decoding": DECODE_TARGET},
     }
-    write_json(options.output, result | tables(result))
+    output = options.output
+    if output is None and not options.quick:
+        output = Path(f"results/benchmarks/{result['benchmark']}.json")
+    if output is not None:
+        write_json(output, result | tables(result))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-
-from modelwright.attention.string.hook import Call, Hook, check_rotary, hooked
-from modelwright.attention.string.masked import masked_attention
-from modelwright.attention.string.two_pass import can_two_pass, two_pass_attention
+from modelwright.attention.string.hook import Hook, check_rotary, hooked
+from modelwright.attention.string.serve import serve
 from modelwright.errors import UserError
 from modelwright.options import Arg
 
@@ -146,50 +144,13 @@ def apply_string(model: PreTrainedModel, config: StringConfig | None = None) -> 
                 stacklevel=2,
             )
 
-    def serve(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _serve(call, shift, window)
-
     distance = (shift - window) or max(1, shift)
-    with hooked(model, serve, applies, distance=distance, temperature=factor**2, seen=seen) as hook:
+    with hooked(
+        model, partial(serve, shift=shift, window=window), applies, distance=distance, temperature=factor**2, seen=seen
+    ) as hook:
         _warn_if_nothing(model, shift, hook)
         layers = tuple(sorted(layer for layer, rotation in hook.rotations.items() if rotation is not None))
         yield AppliedString(shift, window, factor, length, layers)
-
-
-def _serve(call: Call, shift: int, window: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    def to_far(query: torch.Tensor) -> torch.Tensor:
-        return query if call.rotation is None else call.rotation.by(query, window - shift)
-
-    rows = call.query.shape[2]
-    padded = call.mask is not None
-    fused = (
-        call.softcap is None
-        and not call.dropout
-        and not call.weights
-        and (not padded or (call.lefts is not None and rows > 1))
-        and can_two_pass(call.query, call.value)
-    )
-    if not fused:
-        return masked_attention(
-            call.query, call.key, call.value, to_far, shift,
-            scaling=call.scaling, mask=call.mask, places=call.places, softcap=call.softcap, dropout=call.dropout,
-            weights=call.weights,
-        )  # fmt: skip
-    if not padded:
-        return two_pass_attention(call.query, call.key, call.value, to_far, shift, scaling=call.scaling), None
-    # Each row of the batch without its padding, as if it were alone.
-    assert call.lefts is not None
-    out = call.query.new_zeros((*call.query.shape[:3], call.value.shape[-1]))
-    keys = call.key.shape[2]
-    for row, left in enumerate(call.lefts):
-        own = min(rows, keys - left)
-        if own < 1:
-            continue
-        out[row : row + 1, :, rows - own :] = two_pass_attention(
-            call.query[row : row + 1, :, rows - own :], call.key[row : row + 1, :, left:],
-            call.value[row : row + 1, :, left:], to_far, shift, scaling=call.scaling,
-        )  # fmt: skip
-    return out, None
 
 
 def _check_own_factor(model: PreTrainedModel) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from modelwright.kernels.shifted_attention import Turn
+
 #: A rotation is taken for the layer's when it misses by less than this share of the query's length. Right ones miss by
 #: rounding (bfloat16: 0.01; float32 angles at position 100,000: 0.005), wrong ones by about 1.
 TOLERANCE = 0.05
@@ -64,7 +66,7 @@ class Rotation:
     interleaved: bool = False
     start: int = 0
     _last: tuple[object, ...] = field(default=(), repr=False)
-    _tables: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    _kept: tuple[torch.Tensor, torch.Tensor, Turn] | None = field(default=None, repr=False)
 
     @property
     def frequencies(self) -> torch.Tensor:
@@ -77,20 +79,37 @@ class Rotation:
         return angles.cos(), angles.sin()
 
     def by(self, x: torch.Tensor, distance: float) -> torch.Tensor:
-        """Rotates all of ``x`` (..., size) by one distance in positions.
-
-        The angles are taken in float64: in bfloat16 or float16 they would be wrong beyond a few hundred positions.
-        """
+        """Rotates all of ``x`` (..., size) by one distance in positions; products are float32, or wider."""
         if distance == 0:
             return x
+        cos, sin, _ = self._all(distance, x.shape[-1], x.device, torch.promote_types(x.dtype, torch.float32))
+        return rotate(x, cos, sin, interleaved=self.interleaved, start=self.start)
+
+    def turn(self, distance: float, size: int, device: torch.device) -> Turn:
+        """Returns the same rotation of heads of a size as float32 tables of all their features, for a kernel."""
+        return self._all(distance, size, device, torch.float32)[2]
+
+    def _all(
+        self, distance: float, size: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, Turn]:
+        # The angles are taken in float64: in bfloat16 or float16 they would be wrong beyond a few hundred positions.
         frequencies = self.frequencies
-        wide = torch.promote_types(x.dtype, torch.float32)
         # The same for every layer and step, unless the model has set other frequencies since.
-        now = (frequencies, frequencies._version, distance, x.device, wide)
-        if self._tables is None or self._last[0] is not frequencies or self._last[1:] != now[1:]:
-            cos, sin = self.tables(torch.tensor(float(distance), device=x.device, dtype=torch.float64))
-            self._tables, self._last = (cos.to(wide), sin.to(wide)), now
-        return rotate(x, *self._tables, interleaved=self.interleaved, start=self.start)
+        now = (frequencies, frequencies._version, distance, size, device, dtype)
+        if self._kept is None or self._last[0] is not frequencies or self._last[1:] != now[1:]:
+            cos, sin = (
+                table.to(dtype)
+                for table in self.tables(torch.tensor(float(distance), device=device, dtype=torch.float64))
+            )
+            features = torch.arange(size, device=device)
+            rotated = features[self.start : self.start + 2 * len(cos)]
+            first, second = (rotated[0::2], rotated[1::2]) if self.interleaved else rotated.chunk(2)
+            turn = Turn(torch.ones_like(features, dtype=dtype), torch.zeros_like(features, dtype=dtype), features.int())
+            turn.cos[first] = turn.cos[second] = cos
+            turn.sin[first], turn.sin[second] = -sin, sin
+            turn.partner[first], turn.partner[second] = second.int(), first.int()
+            self._kept, self._last = (cos, sin, turn), now
+        return self._kept
 
     def at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotates ``x`` (batch, heads, rows, size) row by row, at positions (rows,) or (batch, rows)."""
