@@ -24,7 +24,6 @@ _PLAIN: dict[str, str] = {
 #: First words that do nothing by themselves, and what they are for.
 _GROUPS = {
     "select": "Choose training data from a pool: one subcommand per method.",
-    "evaluate": "Measure a model.",
     "speculate": "Speed up sampling with draft models.",
 }
 

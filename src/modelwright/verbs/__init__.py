@@ -16,6 +16,7 @@ VERBS: dict[str, str] = {
     "train": "modelwright.verbs.train:Train",
     "train contrastive": "modelwright.verbs.train_contrastive:TrainContrastive",
     "convert": "modelwright.verbs.convert:Convert",
+    "evaluate": "modelwright.verbs.evaluate:Evaluate",
     "evaluate perplexity": "modelwright.verbs.perplexity:Perplexity",
     "evaluate needles": "modelwright.verbs.needles:Needles",
     "evaluate retrieval": "modelwright.verbs.evaluate_retrieval:Retrieval",
