@@ -292,14 +292,19 @@ def tune(until: float) -> None:
         except Exception as problem:  # a way that the card cannot take must not end the others
             print(f"{what}: {type(problem).__name__} {str(problem)[:120]}", flush=True)
 
-    side = kernels.TILE
-    a = torch.randn(side, side, device="cuda").half()
-    b, out = torch.randn(side, width, device="cuda").half(), torch.zeros(side, width, device="cuda")
-    show("weights @ keys", 2 * side**2 * width, lambda: kernels._add_product(out, a, b))
-    show("weights.T @ queries", 2 * side**2 * width, lambda: kernels._add_product(out, a.T, b))
     show("operands", 0, lambda: kernels._operands(q, "fp16"))
     rows, cols = kernels.softmax_sweep(q, k, precision="fp16")
     grads = torch.full((batch,), 1 / batch, device="cuda")
+    backward = partial(kernels.softmax_sweep_backward, q, k, rows, grads, cols, grads)
+    usual = kernels.TILE
+    for side in (2048, 4096, 8192, 16_384):
+        a = torch.randn(side, side, device="cuda").half()
+        b, out = torch.randn(side, width, device="cuda").half(), torch.zeros(side, width, device="cuda")
+        show(f"weights @ keys, {side}", 2 * side**2 * width, partial(kernels._add_product, out, a, b))
+        show(f"weights.T @ queries, {side}", 2 * side**2 * width, partial(kernels._add_product, out, a.T, b))
+        kernels.TILE = side
+        show(f"backward, tiles of {side}", 6 * pairs, partial(backward, precision="fp16"))
+    kernels.TILE = usual
     original = kernels._add_product
     for precision, programs in itertools.product(("fp16", "fp16x3"), (1, 2)):
         kernels.PROGRAMS = programs
@@ -312,8 +317,7 @@ def tune(until: float) -> None:
             show(f"forward {precision} {way} x{programs}", 2 * times * pairs, forward)
             if programs == 1:
                 kernels._add_product = lambda *_: None
-                weights = partial(kernels.softmax_sweep_backward, q, k, rows, grads, cols, grads, precision=precision)
-                show(f"weights {precision} {way}", 2 * times * pairs, weights)
+                show(f"weights {precision} {way}", 2 * times * pairs, partial(backward, precision=precision))
                 kernels._add_product = original
     kernels._add_product = original
 

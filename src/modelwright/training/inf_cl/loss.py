@@ -163,13 +163,13 @@ def tiled_sigmoid_loss(
             )
         q = image_embeds.to(dtype) * scale
         bias = bias.to(image_embeds.device)
+        options = {"block_size": block_size, **_narrow(chosen, image_embeds, text_embeds)}
         if ring is None:
             k = text_embeds.to(dtype)
             gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, bias))
-            options = {"block_size": block_size, **_narrow(chosen, image_embeds, text_embeds)}
             total = _SigmoidSum.apply(q, k, bias, _sweeps(chosen), options, gradients)
         else:
-            total = ring.ring_sigmoid(q, text_embeds, bias, process_group, block_size=block_size, backend=chosen)
+            total = ring.ring_sigmoid(q, text_embeds, bias, process_group, backend=chosen, **options)
         return total / len(image_embeds) if reduction == "mean" else total
 
 
@@ -355,12 +355,12 @@ def _info_nce(
         if (ring := _ring(group)) is not None and scale.requires_grad:
             scale = ring.average_gradient(scale, group)
         q, k = queries.to(dtype) * scale, keys.to(dtype)
+        options = {"block_size": block_size, **_narrow(backend, queries, keys)}
         if ring is None:
-            options = {"block_size": block_size, **_narrow(backend, queries, keys)}
             rows, columns = _LogSumExps.apply(q, k, _sweeps(backend), options, symmetric)
         else:
             # Keys travel in their own dtype, which may be half as wide.
-            rows, columns = ring.ring_softmax(q, keys, group, block_size=block_size, backend=backend, columns=symmetric)
+            rows, columns = ring.ring_softmax(q, keys, group, backend=backend, columns=symmetric, **options)
         positives = (q * (k[: len(q)] if labels is None else k[labels])).sum(1)
         losses = rows - positives
         if symmetric:

@@ -55,7 +55,7 @@ def group_size(group: _Group | None) -> int:
 
 
 def ring_softmax(
-    q: Tensor, k: Tensor, group: _Group | None, *, block_size: int | None, backend: str, columns: bool
+    q: Tensor, k: Tensor, group: _Group | None, *, backend: str, columns: bool, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the logsumexp over all ranks' keys for the local rows, and over all ranks' queries for the local columns.
 
@@ -65,9 +65,9 @@ def ring_softmax(
         q: (m, d) float32 or float64, the local queries times the scale.
         k: (n, d) the local keys. A narrower floating type than ``q``'s travels as it is and is widened on arrival.
         group: The processes; None is this process alone.
-        block_size: Edge of a tile; None leaves it to the backend.
-        backend: ``"torch"``, ``"triton"``, or ``"auto"`` which is torch.
+        backend: ``"torch"`` or ``"triton"``.
         columns: Whether the second result is wanted.
+        options: Of the backend's sweeps: ``block_size``, and for Triton ``precision``.
 
     Returns:
         ``row_lse`` (m,) and ``col_lse`` (n,), the latter None without ``columns``; both in ``q``'s dtype.
@@ -77,13 +77,11 @@ def ring_softmax(
     """
     ring = _Ring.of(group)
     ring.check_alike("softmax with columns" if columns else "softmax", q, k)
-    rows, cols = _RingSoftmax.apply(q, k, ring, _sweeps(backend), block_size, columns)
+    rows, cols = _RingSoftmax.apply(q, k, ring, _sweeps(backend), options, columns)
     return rows, cols if columns else None
 
 
-def ring_sigmoid(
-    q: Tensor, k: Tensor, bias: Tensor, group: _Group | None, *, block_size: int | None, backend: str
-) -> Tensor:
+def ring_sigmoid(q: Tensor, k: Tensor, bias: Tensor, group: _Group | None, *, backend: str, **options: Any) -> Tensor:
     """Returns the sum of SigLIP's terms over the local rows against all ranks' keys; positives are the local diagonal.
 
     The gradients are made during the forward sweep (one computation of every tile) and the keys' share travels home
@@ -95,8 +93,8 @@ def ring_sigmoid(
         k: (m, d) the local keys. A narrower floating type than ``q``'s travels as it is and is widened on arrival.
         bias: One-element tensor. Its gradient is that of the local sum: pass it through :func:`average_gradient` first.
         group: The processes; None is this process alone.
-        block_size: Edge of a tile; None leaves it to the backend.
-        backend: ``"torch"``, ``"triton"``, or ``"auto"`` which is torch.
+        backend: ``"torch"`` or ``"triton"``.
+        options: Of the backend's sweeps: ``block_size``, and for Triton ``precision``.
 
     Returns:
         A scalar in ``q``'s dtype.
@@ -108,7 +106,7 @@ def ring_sigmoid(
     ring = _Ring.of(group)
     ring.check_alike("sigmoid", q, k, bias)
     needs = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or bias.requires_grad)
-    total: Tensor = _RingSigmoid.apply(q, k, bias, ring, _sweeps(backend), block_size, needs)
+    total: Tensor = _RingSigmoid.apply(q, k, bias, ring, _sweeps(backend), options, needs)
     return total
 
 
@@ -157,18 +155,18 @@ class _AverageGradient(torch.autograd.Function):
 class _RingSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, ring: _Ring, sweeps: ModuleType, block_size: int | None, columns: bool
+        ctx: Any, q: Tensor, k: Tensor, ring: _Ring, sweeps: ModuleType, options: dict[str, Any], columns: bool
     ) -> tuple[Tensor, Tensor | None]:
         row_lse = torch.full((q.shape[0],), -torch.inf, dtype=q.dtype, device=q.device)
 
         def hop(number: int, keys: Tensor) -> Tensor | None:
-            rows, cols = sweeps.softmax_sweep(q, keys.to(q.dtype), block_size=block_size, columns=columns)
+            rows, cols = sweeps.softmax_sweep(q, keys.to(q.dtype), columns=columns, **options)
             # logaddexp(-inf, x) is x, and -inf for two of them, so "nothing yet" needs no case of its own.
             torch.logaddexp(row_lse, rows, out=row_lse)
             return cols
 
         col_lse = ring.circulate([k.contiguous()], hop, torch.logaddexp)
-        ctx.ring, ctx.sweeps, ctx.block_size, ctx.columns = ring, sweeps, block_size, columns
+        ctx.ring, ctx.sweeps, ctx.options, ctx.columns = ring, sweeps, options, columns
         ctx.save_for_backward(q, k, row_lse, col_lse)
         return row_lse, col_lse
 
@@ -180,7 +178,7 @@ class _RingSoftmax(torch.autograd.Function):
 
         def hop(number: int, keys: Tensor, *column: Tensor) -> Tensor:
             queries, part = ctx.sweeps.softmax_sweep_backward(
-                q, keys.to(q.dtype), row_lse, row_grad.contiguous(), *column, block_size=ctx.block_size
+                q, keys.to(q.dtype), row_lse, row_grad.contiguous(), *column, **ctx.options
             )
             dq.add_(queries)
             return part
@@ -204,7 +202,7 @@ class _RingSigmoid(torch.autograd.Function):
         bias: Tensor,
         ring: _Ring,
         sweeps: ModuleType,
-        block_size: int | None,
+        options: dict[str, Any],
         gradients: bool,
     ) -> Tensor:
         total = q.new_zeros(())
@@ -218,7 +216,7 @@ class _RingSigmoid(torch.autograd.Function):
                 bias.detach().to(q.dtype),
                 diagonal=number == 0,
                 gradients=gradients,
-                block_size=block_size,
+                **options,
             )
             total.add_(part)
             if dq is not None and dbias is not None:
