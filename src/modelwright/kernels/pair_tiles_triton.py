@@ -72,6 +72,7 @@ _LARGEST = 15
 """Operands are scaled to a maximum below 2 to this power, half of what float16 holds."""
 _WEIGHT = 14
 """And weights by 2 to this power: one of each direction, at most 1 each, make less than 2 ** 15 together."""
+_MIXED_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()  # since torch 2.8, and not on the CPU
 _FIXED, _LOWEST = 100.0, 2.0**-80
 """A logarithm to base 2 up to which sums of exponentials cannot overflow, and the sum below which digits were lost."""
 
@@ -403,10 +404,10 @@ def _accumulate(
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out += a @ b``: float16 operands, a float32 sum."""
-    if out.device.type == "cpu":  # under the interpreter
-        out.addmm_(a.float(), b.float())
-    else:
+    if out.device.type == "cuda" and _MIXED_PRODUCTS:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(a.float(), b.float())
 
 
 def _groups(row_blocks: int, col_blocks: int, programs: int) -> tuple[int, int, int, int]:
