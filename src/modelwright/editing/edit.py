@@ -129,6 +129,9 @@ class Edit(ABC):
     def _from_state(cls, common: dict[str, Any], state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
         """Makes an edit of what was saved; ``common`` are the arguments of :class:`Edit`."""
 
+    def _read(self, folder: Path) -> None:  # noqa: B027
+        """Reads what an overridden :meth:`write` has laid beside the common files."""
+
     def prompt(self, question: str) -> str:
         """Returns what to ask the model instead of a question: the same, unless the edit lives in the prompt."""
         return question
@@ -232,7 +235,9 @@ def load_edit(folder: str | Path) -> Edit:
             "requests": [EditRequest.from_dict(row) for row in raw["requests"]],
             "details": raw["details"],
         }
-        return cls._from_state(common, raw["state"], tensors)
+        edit: Edit = cls._from_state(common, raw["state"], tensors)
+        edit._read(folder)
+        return edit
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"The edit in {folder} is damaged ({reason}): fit it again, or copy it again.") from error

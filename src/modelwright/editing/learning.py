@@ -11,15 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modelwright.editing.requests import EditRequest
+from modelwright.editing.subject import encode_prompt
 from modelwright.errors import UserError
 from modelwright.files import atomic_path, read_json, write_json
+from modelwright.models.scoring import context_length
 from modelwright.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
 
@@ -100,11 +106,12 @@ def learn(
             value = loss(state["step"])
             if not bool(torch.isfinite(value)):
                 raise UserError(
-                    f"The loss is {float(value)} at step {state['step']}: training diverged; lower the learning rate."
+                    f"The loss is {float(value.detach())} at step {state['step']}: training diverged; "
+                    f"lower the learning rate."
                 )
             value.backward()
             state["step"] += 1
-            state["losses"] = [*state["losses"][-99:], float(value)]
+            state["losses"] = [*state["losses"][-99:], float(value.detach())]
             progress.advance(1, f"loss {sum(state['losses']) / len(state['losses']):.4g}")
         torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
         optimizer.step()
@@ -183,3 +190,86 @@ def mean_loss(losses: Sequence[torch.Tensor]) -> float:
     """Returns the mean of scalar losses, in float64; infinite if one is not finite."""
     total = sum(float(loss) for loss in losses) / len(losses)
     return total if math.isfinite(total) else math.inf
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one step of training sees.
+
+    Attributes:
+        request: The edit that is made.
+        prompt: What is asked after it: the request's prompt or a paraphrase.
+        elsewhere: A text that the edit must not touch.
+        others: Further requests, to be in memory beside this one.
+    """
+
+    request: EditRequest
+    prompt: str
+    elsewhere: str
+    others: tuple[EditRequest, ...]
+
+
+class Lessons:
+    """Requests and untouched texts, drawn step by step, with some requests held out for validation.
+
+    Args:
+        requests: Facts to train on. Their paraphrases are what generalisation is learned from.
+        locality: Texts that no edit must touch; by default the other requests' prompts with today's answers.
+        seed: Of the order.
+        others: How many further requests a lesson has.
+
+    Raises:
+        UserError: There are too few requests.
+    """
+
+    def __init__(
+        self, requests: Sequence[EditRequest], locality: Sequence[str] = (), seed: int = 0, others: int = 0
+    ) -> None:
+        if len(requests) < 2:
+            raise UserError(f"There are {len(requests)} requests to train an editor on: give at least 2.")
+        held_out = len(requests) // 10
+        self.locality = tuple(text for text in locality if text.strip())
+        if locality and not self.locality:
+            raise UserError("All texts for locality are blank: give texts that edits must not touch.")
+        self.training = tuple(requests[: len(requests) - held_out])
+        self.validation = tuple(requests[len(requests) - held_out :])
+        self.seed, self.others = seed, others
+
+    def at(self, step: int) -> Lesson:
+        """Returns the lesson of a step, which depends on nothing but the step and the seed."""
+        return self._lesson(self.training, order(self.seed, len(self.training), step), step)
+
+    def held_out(self) -> list[Lesson]:
+        """Returns one lesson for each request that is held out."""
+        return [self._lesson(self.validation, i, i) for i in range(len(self.validation))]
+
+    def _lesson(self, pool: Sequence[EditRequest], index: int, step: int) -> Lesson:
+        request = pool[index]
+        prompts = [*request.paraphrase_texts()] or [request.text]
+        rest = [r for r in self.training if r.text != request.text and r.subject != request.subject] or [
+            r for r in self.training if r.text != request.text
+        ]
+        if not rest:
+            raise UserError("All requests to train on have the same prompt: give different ones.")
+        seed = self.seed + 1
+        if self.locality:
+            elsewhere = self.locality[order(seed, len(self.locality), step)]
+        else:
+            other = rest[order(seed, len(rest), step)]
+            elsewhere = other.text + (f" {other.old_answer.strip()}" if other.old_answer else "")
+        places = [order(seed + 1 + k, len(rest), step) for k in range(self.others)]
+        return Lesson(request, prompts[step % len(prompts)], elsewhere, tuple(rest[place] for place in places))
+
+
+def plain_inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Returns ``input_ids`` and ``attention_mask`` (n, length) of texts, padded on the right, on the model's device."""
+    longest = context_length(model) or 1 << 30
+    rows = [encode_prompt(tokenizer, text)[:longest] for text in texts]
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}

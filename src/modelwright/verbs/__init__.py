@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "evaluate retrieval": "modelwright.verbs.evaluate_retrieval:Retrieval",
     "generate": "modelwright.verbs.generate:Generate",
     "speculate analyse": "modelwright.verbs.speculate_analyse:SpeculateAnalyse",
+    "edit train": "modelwright.verbs.edit_train:EditTrain",
     "run": "modelwright.verbs.run:Run",
     "report": "modelwright.verbs.report:Report",
     "verify": "modelwright.verbs.verify:Verify",

@@ -1,0 +1,220 @@
+"""What SERAC keeps beside a model: the scope classifier's embedding, and the counterfactual model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from modelwright.editing.learning import plain_inputs
+from modelwright.editing.requests import EditRequest
+from modelwright.editing.subject import encode_pair
+from modelwright.errors import UserError
+from modelwright.files import read_json, write_json
+from modelwright.models.loading import find_folder, load_checked, load_config, load_model, load_tokenizer
+from modelwright.models.roles import unwrap
+from modelwright.models.scoring import context_length
+from modelwright.models.tokenizers import leading_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Pooling = Literal["auto", "cls", "mean"]
+
+
+class SeracParts(nn.Module):
+    """The trained parts: they belong to a base model and its tokenizer, and neither is changed.
+
+    Embeddings φ are a linear map of either an encoder's first token (``cls``) or mean, or, without an encoder, of the
+    mean of the base model's own last hidden states.
+
+    Args:
+        small: The counterfactual model, which has the base model's tokenizer.
+        encoder: Any encoder of texts (``AutoModel``) and its tokenizer; None to use the base model's hidden states.
+        encoder_tokenizer: See above.
+        size: Size of the hidden states that are pooled.
+        pooling: ``auto`` is ``cls`` with an encoder and ``mean`` without.
+        separator: Text between an edit and the input in what the small model reads.
+    """
+
+    def __init__(
+        self,
+        small: PreTrainedModel,
+        encoder: PreTrainedModel | None = None,
+        encoder_tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        size: int,
+        pooling: Pooling = "auto",
+        separator: str = " ",
+    ) -> None:
+        super().__init__()
+        self.small = small
+        self.encoder = encoder
+        self.encoder_tokenizer = encoder_tokenizer
+        self.pooling = pooling
+        self.separator = separator
+        self.projection = nn.Linear(size, size, bias=False)
+        nn.init.eye_(self.projection.weight)
+
+    def embed(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        answers: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """Returns φ(x), or φ(x; y), as (n, size) float32.
+
+        Args:
+            model: The base model.
+            tokenizer: Its tokenizer.
+            texts: The inputs x.
+            answers: The answers y, of edits.
+        """
+        self.projection.to(model.device)
+        if self.encoder is None or self.encoder_tokenizer is None:
+            joined = [t if answers is None else f"{t} {answers[i].strip()}" for i, t in enumerate(texts)]
+            inputs = plain_inputs(model, tokenizer, [text or " " for text in joined])
+            inner: Any = unwrap(model)
+            with torch.no_grad():
+                # The body only: the model's own head, and hooks on it, have no part in this.
+                hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state.float()
+        else:
+            self.encoder.to(model.device)
+            longest = context_length(self.encoder) or 512
+            encoded = self.encoder_tokenizer(
+                list(texts), *([[a.strip() for a in answers]] if answers is not None else []), padding=True,
+                truncation=True, max_length=longest, return_tensors="pt", padding_side="right",
+            ).to(model.device)  # fmt: skip
+            inputs = {"attention_mask": encoded["attention_mask"]}
+            hidden = self.encoder(**encoded).last_hidden_state.float()
+        if self.pooling == "cls" or (self.pooling == "auto" and self.encoder is not None):
+            pooled = hidden[:, 0]
+        else:
+            mask = inputs["attention_mask"][..., None].to(hidden)
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        return self.projection(pooled)
+
+    def embed_requests(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+    ) -> torch.Tensor:
+        """Returns φ(x_e; y_e) of edits, (n, size)."""
+        return self.embed(model, tokenizer, [r.text for r in requests], [r.target for r in requests])
+
+    def logits(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[EditRequest],
+        rows: Sequence[Sequence[int]],
+        vocabulary: int,
+        device: torch.device,
+    ) -> list[torch.Tensor]:
+        """Returns what the small model predicts after each token of an input that stands behind an edit.
+
+        Args:
+            tokenizer: The tokenizer of both models.
+            requests: Each row's edit (x_e, y_e).
+            rows: Each row's tokens x.
+            vocabulary: Width of the base model's logits; the small model's are padded or cut to it.
+            device: Where to compute.
+
+        Returns:
+            For each row (tokens, vocabulary).
+
+        Raises:
+            UserError: Edit and input together are too long for the small model.
+        """
+        self.small.to(device)
+        lead = leading_ids(tokenizer)
+        between = list(tokenizer(self.separator, add_special_tokens=False)["input_ids"]) if self.separator else []
+        inputs: list[list[int]] = []
+        offsets: list[int] = []
+        for request, row in zip(requests, rows, strict=True):
+            head, answer = encode_pair(tokenizer, request.text, request.target)
+            prefix = (
+                [*head[len(lead) :], *answer, *between] if head[: len(lead)] == lead else [*head, *answer, *between]
+            )
+            own = len(lead) if list(row[: len(lead)]) == lead else 0
+            inputs.append([*row[:own], *prefix, *row[own:]])
+            offsets.append(len(prefix))
+        width, longest = max(map(len, inputs)), context_length(self.small)
+        if longest is not None and width > longest:
+            raise UserError(
+                f"An edit and its prompt have {width} tokens, but SERAC's small model reads {longest}: shorten them, "
+                f"or train it with a small model of a longer context."
+            )
+        ids, mask = torch.zeros(len(inputs), width, dtype=torch.long), torch.zeros(len(inputs), width, dtype=torch.long)
+        for number, row in enumerate(inputs):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        out = self.small(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        if out.shape[-1] < vocabulary:
+            out = nn.functional.pad(out, (0, vocabulary - out.shape[-1]), value=torch.finfo(out.dtype).min)
+        out = out[..., :vocabulary]
+        return [out[i, offsets[i] : offsets[i] + len(row)] for i, row in enumerate(rows)]
+
+    def write(self, folder: Path) -> None:
+        """Writes everything into an existing folder, as Hugging Face folders and safetensors."""
+        self.small.save_pretrained(folder / "small")
+        if self.encoder is not None and self.encoder_tokenizer is not None:
+            self.encoder.save_pretrained(folder / "encoder")
+            self.encoder_tokenizer.save_pretrained(folder / "encoder")
+        save_file({"projection": self.projection.weight.detach().cpu().contiguous()}, folder / "projection.safetensors")
+        write_json(folder / "serac.json", {"format": 1, "pooling": self.pooling, "separator": self.separator})
+
+    @classmethod
+    def read(cls, folder: Path) -> SeracParts:
+        """Reads what :meth:`write` wrote.
+
+        Raises:
+            UserError: It is missing or damaged.
+        """
+        if not (folder / "serac.json").is_file():
+            raise UserError(f"{folder} holds no trained SERAC parts (no serac.json): train them first.")
+        described = read_json(folder / "serac.json")
+        encoder, tokenizer = load_encoder(folder / "encoder") if (folder / "encoder").is_dir() else (None, None)
+        small = load_model(folder / "small", device="cpu")
+        try:
+            weight = load_file(folder / "projection.safetensors")["projection"]
+            parts = cls(
+                small, encoder, tokenizer, size=weight.shape[0], pooling=described["pooling"],
+                separator=described["separator"],
+            )  # fmt: skip
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"The SERAC parts in {folder} are damaged ({error}): train them again.") from error
+        with torch.no_grad():
+            parts.projection.weight.copy_(weight)
+        return parts.eval().requires_grad_(False)
+
+
+def load_encoder(path_or_id: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads an encoder of texts and its tokenizer.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    from transformers import AutoModel
+
+    folder = find_folder(path_or_id)
+    encoder = load_checked(
+        AutoModel, folder, load_config(folder), what="an encoder of texts", optional=("pooler",), device="cpu"
+    )
+    return encoder.eval(), load_tokenizer(folder)
+
+
+def check_vocabulary(small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a small model that does not have the tokenizer's tokens.
+
+    Raises:
+        UserError: It has fewer.
+    """
+    known = small.get_input_embeddings().weight.shape[0]
+    if known < len(tokenizer):
+        raise UserError(
+            f"SERAC's small model knows {known} tokens and the model's tokenizer has {len(tokenizer)}: both models "
+            f"need the same tokenizer."
+        )
