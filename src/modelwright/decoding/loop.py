@@ -76,12 +76,13 @@ class Stream:
             further = torch.arange(1, room - length + 1, device=device)
             self._positions = torch.cat((prompt.positions, prompt.positions[:, -1:] + further), 1)
 
-    def read(self, ids: Tensor, *, hidden: bool = False, keep: int = 1) -> Any:
+    def read(self, ids: Tensor, *, hidden: bool = False, attentions: bool = False, keep: int = 1) -> Any:
         """Reads tokens and returns the model's output.
 
         Args:
             ids: The next tokens ``(rows, n)``.
             hidden: Whether hidden states are wanted.
+            attentions: Whether attention weights are wanted, which only some attention implementations give.
             keep: For how many of the last tokens logits are wanted; 0 for all.
         """
         begin = self.seen
@@ -97,6 +98,8 @@ class Stream:
             options["logits_to_keep"] = keep
         if hidden:
             options["output_hidden_states"] = True
+        if attentions:
+            options["output_attentions"] = True
         mask = None if self._mask is None else self._mask[:, :end]
         return self.model(
             input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=self.cache is not None,

@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "evaluate needles": "modelwright.verbs.needles:Needles",
     "evaluate retrieval": "modelwright.verbs.evaluate_retrieval:Retrieval",
     "generate": "modelwright.verbs.generate:Generate",
+    "heads detect": "modelwright.verbs.heads_detect:HeadsDetect",
     "speculate analyse": "modelwright.verbs.speculate_analyse:SpeculateAnalyse",
     "edit train": "modelwright.verbs.edit_train:EditTrain",
     "run": "modelwright.verbs.run:Run",

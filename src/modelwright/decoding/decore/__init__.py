@@ -2,6 +2,7 @@
 
 from modelwright.decoding.decore.ablation import HeadAblation, mean_outputs, random_heads
 from modelwright.decoding.decore.decoding import DeCoRe, DeCoReConfig, decore_generate
+from modelwright.decoding.decore.detection import Needle, RetrievalHeadScorer
 from modelwright.decoding.decore.heads import HeadScores
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "DeCoReConfig",
     "HeadAblation",
     "HeadScores",
+    "Needle",
+    "RetrievalHeadScorer",
     "decore_generate",
     "mean_outputs",
     "random_heads",
