@@ -163,6 +163,54 @@ def test_the_law_of_the_papers_order():
     torch.testing.assert_close(stage.law, law, rtol=0, atol=1e-14)
 
 
+def program_by_hand(p, q, size):
+    """Section 4's truncated program for two identical drafts, written out pair by pair: its value."""
+    from scipy.optimize import linprog
+
+    order = np.argsort(-(q - p * p))
+    p, q = p[order], q[order]
+    count = len(p)
+    pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
+    base = p**2
+    for i in range(count):
+        for j in range(i + 1, count):
+            if (i, j) not in pairs:
+                base[i] += 2 * p[i] * p[j]
+    upper, bound = np.zeros((count, len(pairs) + count)), base.copy()
+    for variable, (i, j) in enumerate(pairs):
+        upper[i, variable], upper[j, variable] = -2 * p[i] * p[j], 2 * p[i] * p[j]
+        bound[j] += 2 * p[i] * p[j]
+    upper[np.arange(count), len(pairs) + np.arange(count)] = 1
+    bounds = [(0, 1)] * len(pairs) + [(0, value) for value in q]
+    return -linprog(np.r_[np.zeros(len(pairs)), -np.ones(count)], A_ub=upper, b_ub=bound, bounds=bounds).fun
+
+
+def test_the_truncated_program_is_the_papers():
+    rng = np.random.default_rng(12)
+    above = 0
+    for size in (2, 3, 5, 8):
+        for _ in range(5):
+            p, q = random_law(20, rng, zeros=0), random_law(20, rng, zeros=0)
+            wanted, one = program_by_hand(p.numpy(), q.numpy(), size), acceptance_probability(p, q, 1)
+            found = acceptance_probability(p, q, 2, "is", lp_size=size, alphabet_size=None)
+            assert found == pytest.approx(max(wanted, one), abs=1e-9)
+            above += wanted > one
+    assert above > 10
+
+
+def test_the_papers_scheme_is_above_spectr_for_a_sharper_target_and_below_for_one_like_the_draft():
+    """Why the claim holds in part: an order favours likely tokens, which a target as flat as its draft does not."""
+    for sharper, sign in ((1.0, -1), (2.0, 1)):
+        rng = np.random.default_rng(13)
+        gains = []
+        for _ in range(20):
+            base = random_law(50, rng, 2.0, zeros=0).log()
+            p = as_law(torch.softmax(base, 0))
+            q = as_law(torch.softmax(sharper * base + 0.5 * torch.from_numpy(rng.normal(size=50)), 0))
+            gains.append(acceptance_probability(p, q, 2, "is") - acceptance_probability(p, q, 2, "spectr"))
+        assert sign * np.mean(gains) > 0.02
+
+
 def test_priority_for_any_number_of_drafts():
     """p_I(o_i) = F_i - F_{i-1}, F_i = 1 - (1 - cumsum(p)_i)^K."""
     rng = np.random.default_rng(5)
