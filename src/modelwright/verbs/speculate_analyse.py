@@ -69,6 +69,8 @@ class SpeculateAnalyse:
         names = [f.name for f in dataclasses.fields(Sampling) if f.name != "stop"]
         sampling = Sampling(**{name: getattr(self, name) for name in names})
         sampling.check()
+        if self.draft_length < 1:
+            raise UserError(f"Drafts need at least 1 token, not {self.draft_length} (--draft-length).")
         records = Records(self.prompts, self.prompt_field, field_option="prompt_field") if self.prompts else ()
         prompts = [*self.prompt, *itertools.islice((record.text for record in records), self.limit)]
         loading: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}

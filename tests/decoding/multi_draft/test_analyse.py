@@ -55,6 +55,32 @@ def test_the_table_is_the_mean_over_the_tokens():
     assert rows[3, "balanced"]["standard_error"] > 0
 
 
+def test_a_greedy_target_keeps_what_greedy_decoding_would():
+    """Blocks of one drafted token: the same tests, counted by the decoding loop itself."""
+    from modelwright.decoding.multi_draft import MultiDraftDecoding
+
+    draft = tiny_model("llama", seed=1, initializer_range=0.3)
+    with torch.no_grad():
+        draft.lm_head.weight += 0.1 * torch.randn(
+            draft.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
+    sampling = Sampling(max_new_tokens=30, temperature=0.0)
+    table = analyse(TARGET, draft, TOKENIZER, ["abc"], sampling=sampling, num_drafts=(2,))["table"]
+    rows = {row["verifier"]: row["acceptance"] for row in table}
+    ids = TOKENIZER("abc", return_tensors="pt")
+    out = TARGET.generate(**ids, max_new_tokens=30, do_sample=False)
+    decode, kept = MultiDraftDecoding(draft, num_drafts=2, draft_length=1), 0
+    for at in range(ids["input_ids"].shape[1], out.shape[1]):
+        decode.stats.clear()
+        prefix = out[:, :at]
+        TARGET.generate(
+            prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=2, do_sample=False, custom_generate=decode
+        )
+        kept += decode.stats.by_depth[0][1]
+    assert rows["balanced"] == rows["optimum"] == pytest.approx(kept / 30)
+    assert 0 < rows["single"] < rows["balanced"] < 1
+
+
 def test_the_table_by_hand(monkeypatch):
     from modelwright.decoding.multi_draft import analyse as module
 
@@ -107,6 +133,7 @@ def test_the_verb_writes_its_table(models):
         ({"draft_temperature": 0.0}, "above 0"),
         ({"lp_size": 50}, "above alphabet_size"),
         ({"temperature": -1.0}, "0 or more"),
+        ({"draft_length": 0}, "at least 1 token, not 0"),
     ],
 )
 def test_the_verb_refuses_what_makes_no_sense(models, options, message):

@@ -84,7 +84,8 @@ def analyse(
 ) -> dict[str, Any]:
     """Lets the target continue prompts, and computes at each of its tokens what every verifier would have kept.
 
-    These are expectations over drafts, computed from both laws, not counts of draws.
+    These are expectations over drafts, computed from both laws, not counts of draws. At temperature 0 drafts begin with
+    the draft model's most probable tokens, as in :class:`MultiDraftDecoding`: one is kept if it is the target's.
 
     Args:
         target: The target.
@@ -128,8 +129,13 @@ def analyse(
         lengths.append(len(ids) - start)
         for p, q in laws_along(target, draft, ids, start, sampling, draft_temperature=draft_temperature):
             for k in num_drafts:
-                found = {v.method: v.prepare([p] * k, q).acceptance() for v in verifiers}
-                found["optimum"] = optimal_acceptance(p, q, k)
+                if sampling.temperature == 0:
+                    # Where nothing is drawn, all verifiers are one.
+                    found = {v.method: _listed(p, q, 1 if v.method == "single" else k) for v in verifiers}
+                    found["optimum"] = _listed(p, q, k)
+                else:
+                    found = {v.method: v.prepare([p] * k, q).acceptance() for v in verifiers}
+                    found["optimum"] = optimal_acceptance(p, q, k)
                 for method, value in found.items():
                     sums.setdefault((k, method), [0.0])[-1] += value
         progress.advance()
@@ -145,10 +151,15 @@ def analyse(
                 {
                     "drafts": k, "verifier": method, "acceptance": mean,
                     "standard_error": _error(sums[k, method], lengths, mean), "optimum": optimum,
-                    "left": optimum - mean,
+                    "left": max(0.0, optimum - mean),
                 }
             )  # fmt: skip
     return {"table": table, "prompts": len(lengths), "tokens": tokens}
+
+
+def _listed(p: Tensor, q: Tensor, count: int) -> float:
+    """1 if the target's most probable token is among so many of the draft's, else 0."""
+    return float((p.topk(min(count, len(p))).indices == q.argmax()).any())
 
 
 def _continued(
