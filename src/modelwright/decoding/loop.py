@@ -241,7 +241,9 @@ def check_cache(cache: Any, name: str) -> None:
     Raises:
         UserError: It is static, quantized or offloaded, or a recurrent state.
     """
-    from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+    from modelwright.models.caches import BaseQuantizedLayer
 
     layers = getattr(cache, "layers", None)
     if layers is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):

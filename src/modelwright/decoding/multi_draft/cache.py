@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from modelwright.errors import UserError
+from modelwright.models.caches import BaseQuantizedLayer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
