@@ -30,6 +30,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 24,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 24}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 12, "factor": 8.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0],
+}  # fmt: skip
 FULL = {"layer_types": ["full_attention", "full_attention"]}
 
 #: Name to the type of model and options; every layout of rotary embeddings that transformers has.
@@ -38,6 +42,8 @@ MODELS = {
     "llama, eager": ("llama", {"attn_implementation": "eager"}),
     "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
     "yarn": ("llama", {"rope_parameters": YARN}),
+    "dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}}),
+    "longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 12}),
     "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 8}),
@@ -294,19 +300,23 @@ def test_gemma3_has_a_rotation_for_each_kind_of_layer():
     assert names == {layer: f"{kind}_inv_freq" for layer, kind in enumerate(kinds)}
 
 
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_mask_of_four_dimensions_counts_by_position_ids(llama):
+def test_a_mask_of_four_dimensions_counts_by_position_ids(name):
     """A tree of drafts: two continuations of one prompt in a single pass are each what they are alone."""
+    model = build(name).double()
     prompt, left, right = tokens(1, 33), tokens(1, 4, seed=1), tokens(1, 4, seed=2)
-    with apply_string(llama, StringConfig(shift=30, window=7)):
-        alone = [llama(torch.cat((prompt, branch), 1)).logits[:, 33:] for branch in (left, right)]
-        cache = llama(prompt, use_cache=True).past_key_values
+    with apply_string(model, StringConfig(shift=30, window=7)):
+        alone = [model(torch.cat((prompt, branch), 1)).logits[:, 33:] for branch in (left, right)]
+        cache = model(prompt, use_cache=True).past_key_values
         mask = torch.zeros(1, 1, 8, 41, dtype=torch.bool)
         mask[..., :33] = True
         triangle = torch.ones(4, 4, dtype=torch.bool).tril()
         mask[0, 0, :4, 33:37] = mask[0, 0, 4:, 37:] = triangle
+        if model.config._attn_implementation == "eager" and name != "gemma2":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         positions = torch.arange(33, 37).repeat(2)[None]
-        tree = llama(
+        tree = model(
             torch.cat((left, right), 1), past_key_values=cache, attention_mask=mask, position_ids=positions
         ).logits
     torch.testing.assert_close(tree, torch.cat(alone, 1), rtol=0, atol=1e-12)
@@ -374,6 +384,8 @@ def test_what_is_applied():
         ({"shift": float("nan")}, "a fraction between 0 and 1"),
         ({"shift": 30, "window": 31}, "at most the shift, which is 30"),
         ({"shift": 30, "window": -1}, "window is -1"),
+        ({"shift": 30, "window": 7.5}, "window is 7.5: give whole tokens"),
+        ({"shift": 30, "window": 7, "training_length": 0}, "training_length is 0"),
         ({}, "window is 128"),
         ({"shift": 30, "window": 8, "attention_factor": 0}, "attention_factor is 0"),
         ({"shift": 30, "window": 8, "attention_factor": "none"}, "attention_factor is 'none'"),

@@ -52,7 +52,11 @@ class StringConfig:
         Raises:
             UserError: A value is out of range for the model.
         """
-        length = self.training_length or getattr(model.get_decoder().config, "max_position_embeddings", None)
+        length = self.training_length
+        if length is None:
+            length = getattr(model.get_decoder().config, "max_position_embeddings", None)
+        elif isinstance(length, bool) or not isinstance(length, int) or length < 2:
+            raise UserError(f"training_length is {length!r}: give the tokens of a training sequence, at least 2.")
         if not isinstance(length, int) or length < 2:
             raise UserError(
                 f"{type(model).__name__} does not say how many positions it was trained on: give training_length."
@@ -68,8 +72,10 @@ class StringConfig:
             shift = int(shift * length)
         if not 0 <= shift < length:
             raise UserError(f"shift is {shift} tokens: give at least 0 and less than the training length of {length}.")
-        if isinstance(self.window, bool) or not 0 <= self.window <= shift:
-            raise UserError(f"window is {self.window}: give at least 0 and at most the shift, which is {shift} tokens.")
+        if type(self.window) is not int or not 0 <= self.window <= shift:
+            raise UserError(
+                f"window is {self.window}: give whole tokens from 0 to at most the shift, which is {shift} tokens."
+            )
         factor = OFFICIAL_FACTOR if self.attention_factor == "official" else self.attention_factor
         if not isinstance(factor, (int, float)) or not (factor > 0 and math.isfinite(factor)):
             raise UserError(f"attention_factor is {factor!r}: give a number above 0, or 'official'.")

@@ -163,7 +163,10 @@ class Hook:
             raise UserError("This model adds attention sinks or a position bias to its scores, which is not supported.")
         mask: torch.Tensor | None = attention_mask
         places = None
-        if attention_mask.ndim == 2 and (note is not None and note.lefts is not None and not any(note.lefts)):
+        if attention_mask.ndim == 2 and (
+            # Ours for no padding; the note is lost where layers stand on several devices, the shape is not.
+            attention_mask.shape == (1, 1) or (note is not None and note.lefts is not None and not any(note.lefts))
+        ):
             mask = None
         elif attention_mask.ndim == 2:
             mask = attention_mask.expand(-1, keys).to(torch.bool)
@@ -173,7 +176,8 @@ class Hook:
         call = Call(
             query=query, key=key, value=value, mask=mask, lefts=note.lefts if note else None, places=places,
             rotation=self.rotations.get(module.layer_idx), scaling=scale,
-            softcap=kwargs.get("softcap"), dropout=dropout,
+            # transformers' sdpa knows no cap; releases that let Gemma-2 use it (5.17) run the model without.
+            softcap=None if self.original == "sdpa" else kwargs.get("softcap"), dropout=dropout,
             weights=self.original == "eager" or bool(kwargs.get("output_attentions")),
         )  # fmt: skip
         out, weights = self.serve(call)
