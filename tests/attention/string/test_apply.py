@@ -134,6 +134,32 @@ def test_prefill_chunks_decoding_and_padding_agree(name):
         close(both[1, 2:], alone[0])
 
 
+@torch.no_grad()
+def test_padding_on_the_right_and_tokens_hidden_within(llama):
+    ids = tokens(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, 45:] = 0
+    mask[1, 10:14] = 0
+    config = StringConfig(shift=20, window=7)
+    with apply_string(llama, config):
+        found = llama(ids, attention_mask=mask).logits
+        alone = llama(ids[:1, :45]).logits
+        # The same as a mask of four dimensions, which says everything.
+        full = (mask[:, None, None].bool() & torch.ones(60, 60).tril().bool()).contiguous()
+        places = torch.arange(60).expand(2, -1)
+        spelt = llama(ids, attention_mask=full, position_ids=places).logits
+    torch.testing.assert_close(found[:1, :45], alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[1, 14:], spelt[1, 14:], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_model_in_training_with_dropout_is_examined_without():
+    model = build("gpt_neox: a quarter rotates", hidden_dropout=0.5).train()
+    with apply_string(model, StringConfig(shift=30, window=7)) as applied:
+        assert applied.layers == (0, 1)
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("length", [29, 30, 31, 32])
 @torch.no_grad()
 def test_boundaries_in_float64(llama, length):
@@ -283,8 +309,10 @@ def test_sliding_windows(family):
     close(found[:, -1], expected)
     close(torch.cat(parts, 1), found)
     assert float((found - plain).abs().max()) > 1e-4
-    with pytest.warns(UserWarning, match="changes nothing"), apply_string(model, StringConfig(shift=60, window=7)):
-        assert torch.equal(model(ids).logits, plain)
+    for shift in (wide, 60):
+        config = StringConfig(shift=shift, window=7)
+        with pytest.warns(UserWarning, match="changes nothing"), apply_string(model, config):
+            assert torch.equal(model(ids).logits, plain)
 
 
 @torch.no_grad()

@@ -273,6 +273,16 @@ def test_the_layout_is_found_from_two_queries(interleaved, start, pairs):
     assert 2 not in found
 
 
+@pytest.mark.parametrize(("interleaved", "start", "pairs"), [(False, 0, 4), (True, 0, 4), (False, 0, 2), (True, 4, 2)])
+def test_the_tables_for_a_kernel_are_the_rotation(interleaved, start, pairs):
+    rotation = Rotation(Frequencies(frequencies(pairs=pairs)), "inv_freq", interleaved, start)
+    x = torch.randn(2, 3, 5, SIZE, generator=torch.Generator().manual_seed(0))
+    turn = rotation.turn(-11, SIZE, x.device)
+    assert {table.dtype for table in turn} == {torch.float32, torch.int32}
+    torch.testing.assert_close(turn.of(x), rotation.by(x, -11), rtol=0, atol=1e-6)
+    torch.testing.assert_close(turn.of(x.double()), rotation.at(x.double(), torch.full((5,), -11)), rtol=0, atol=1e-6)
+
+
 def test_frequencies_that_the_model_changes_are_followed():
     module = Frequencies(frequencies())
     rotation = Rotation(module, "inv_freq")

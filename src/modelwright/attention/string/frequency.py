@@ -45,7 +45,6 @@ def position_frequency(lengths: Iterable[int], max_length: int, long: Long = "sp
     counts = np.concatenate([counts, np.zeros(max_length + 1 - len(counts), dtype=np.int64)])
     if long != "truncate":
         counts[max_length] += int((sizes // max_length).sum())
-    counts[0] = 0
     # Sequences of at least j tokens, for j = 1 …, and f(i) is their sum over j > i.
     at_least = np.cumsum(counts[::-1])[::-1][1:]
     return np.cumsum(at_least[::-1])[::-1].astype(np.int64)
