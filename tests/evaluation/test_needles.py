@@ -1,5 +1,6 @@
 """Needle tests: they fit, needles stand where they should, and a reader that reads gets them right."""
 
+import collections
 import json
 import re
 import warnings
@@ -14,9 +15,10 @@ from modelwright.models.loading import save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.models.tokenizers import train_bpe
 from modelwright.progress import Silent
-from modelwright.verbs.needles import Needles
+from modelwright.verbs.needles import Needles, Ruler
 
 LENGTH = 1200
+TOKENIZER = byte_tokenizer()
 ESSAYS = ["First sentence here. A second one follows! Is there a third?", "Another text. It ends."]
 
 
@@ -215,7 +217,8 @@ def test_the_verb_compares_string_with_the_plain_model(folder, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert done["tests"] == len(rows) == 2 * (2 * 2 + 2)
     assert set(written["grids"]) == set(done["found"]) == {"plain", "string"}
-    assert written["settings"]["string"] == {"shift": 200, "window": 16, "attention_factor": 1.0}
+    ((name, options),) = written["settings"]["methods"]
+    assert (name, options["shift"], options["window"], options["attention_factor"]) == ("string", 200, 16, 1.0)
     assert (tmp_path / "n.html").read_text().count("<table>") == 4
     # Both grids see the same prompts, and beyond the shift the models differ.
     plain, string = ([r for r in rows if r["grid"] == name] for name in ("plain", "string"))
@@ -235,7 +238,7 @@ def test_lengths_are_those_of_the_model_by_default(folder, tmp_path):
     ("options", "message"),
     [
         ({"lengths": [641]}, "beyond the model's 640 positions"),
-        ({"lengths": [400], "compare": True}, "give STRING's --shift"),
+        ({"lengths": [400], "compare": True}, "or STRING's --shift"),
         ({"lengths": [400], "tasks": ["singel"]}, "did you mean 'single'"),
         ({"lengths": [400], "shift": 640.0}, "less than the training length of 640"),
         ({"lengths": [400], "heatmap": "map.pdf"}, "choose one of these suffixes"),
@@ -249,3 +252,46 @@ def test_bad_options(folder, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         run(folder, tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("length", [700, 3000])
+def test_frequent_words_lead_the_list(count, length):
+    for trial in range(5):
+        made = make_needle(TOKENIZER, task="frequent", length=length, needles=count, trial=trial)
+        counts = collections.Counter(made.prompt.split("\n\n")[1].split(", "))
+        ranked = [number for _, number in counts.most_common()]
+        assert {word for word, _ in counts.most_common(count)} == set(made.answers)
+        assert ranked[count - 1] > [*ranked, 0][count]
+
+
+def test_a_question_has_one_paragraph_that_answers_it():
+    for depth in (0.0, 1.0):
+        made = make_needle(TOKENIZER, task="qa", length=1500, depth=depth)
+        who = made.prompt.rpartition("town was ")[2].partition(" born")[0]
+        said = [s for s in made.prompt.split("\n\n")[1].split(". ") if s.startswith(who)]
+        assert len(said) == 1
+        assert made.answers[0] in said[0]
+        assert made.prompt.count(made.answers[0]) == 1
+
+
+def test_several_keys_are_asked_for_in_their_order():
+    made = make_needle(TOKENIZER, task="multiquery", length=900, needles=3)
+    asked = re.findall(
+        r"the (\w+)", made.prompt.rpartition("codes of ")[0].rpartition("codes of ")[2].partition("?")[0]
+    )
+    told = dict(re.findall(r"The code of the (\w+) is (\d+)\.", made.prompt))
+    assert [told[key] for key in asked] == list(made.answers)
+
+
+def test_ruler_and_methods(tmp_path):
+    save_model(tiny_model("llama", max_position_embeddings=1024), TOKENIZER, tmp_path / "model")
+    keys = {"model": str(tmp_path / "model"), "lengths": [700], "new_tokens": 4, "device": "cpu", "needles": 2}
+    found = Ruler(**keys, output=tmp_path / "a.json", trials=1, depths=[0.5],
+                  with_=["multi-draft: {prompt_lookup: true}"], compare=True).run(Silent())  # fmt: skip
+    grids = json.loads((tmp_path / "a.json").read_text())["grids"]
+    assert found["tests"] == 16
+    assert grids["plain"] == grids["multi-draft"]
+    assert len({cell["task"] for cell in grids["plain"]}) == 8
+    with pytest.raises(UserError, match="give one of them"):
+        Needles(**keys, output=tmp_path / "b.json", shift=0.3, with_=["string"]).run(Silent())

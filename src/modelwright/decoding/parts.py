@@ -142,7 +142,10 @@ class Applied:
         """
         decoder = self.decoder
         if decoder is None or getattr(decoder, "exact", False):
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            inputs = {}
+            if bool((attention_mask[:, 0] == 0).any()):  # padded on the left: a forward pass counts places from there
+                inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).logits
             return logits.float().log_softmax(-1)
         if not hasattr(decoder, "next_token_log_probs"):
             raise UserError(

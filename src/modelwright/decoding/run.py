@@ -51,11 +51,13 @@ class Layout:
         return chat_prompt(tokenizer, text, self.system) if self.chat else text
 
     def without_context(self, text: str, row: Mapping[str, Any], where: str) -> str:
-        """Returns a prompt without its context.
+        """Returns a prompt without its context: the row's ``prompt_without_context``, or with the context taken out.
 
         Raises:
             UserError: The row has no context, or it does not stand in the prompt.
         """
+        if isinstance(given := row.get("prompt_without_context"), str):
+            return given
         context = row.get(self.context_field)
         if not isinstance(context, str) or not context.strip():
             raise UserError(
@@ -80,6 +82,7 @@ def generate_to_file(
     plan: Mapping[str, Any],
     parts: Parts | None = None,
     compare: Callable[[dict[str, Any], Callable[[], Iterator[dict[str, Any]]]], None] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
     samples: int = 1,
     batch_size: int = 8,
     layout: Layout | None = None,
@@ -102,6 +105,7 @@ def generate_to_file(
         compare: If given, the prompts are completed without the methods too, with the same random streams; each row
             then also has ``plain``, ``plain_tokens`` and ``first_difference`` (the first token that differs, from 0, or
             None). It is called with the summary and the rows, before the output appears.
+        keep: Called with every row before the output appears.
         samples: Completions per prompt.
         batch_size: Prompts at once.
         layout: How prompts are made.
@@ -138,6 +142,9 @@ def generate_to_file(
     summary = {"output": str(output), **({"method": parts.name} if parts.all else {}), **summary, **stats}
     if compare:
         compare(summary, finished.rows)
+    if keep:
+        for row in finished.rows():
+            keep(row)
     write_rows(output, finished.rows(), force)
     for one in passes:
         one.path.unlink()

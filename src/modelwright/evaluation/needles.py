@@ -7,7 +7,10 @@ so numbers are to be compared within this file, not with published ones.
 - ``multikey``: the same among other keys with numbers.
 - ``multi``: one key has several numbers; all are wanted.
 - ``variables``: a chain of assignments beside another; which variables hold the first value?
+- ``multiquery``: several keys have a number each; all are wanted.
+- ``qa``: a paragraph on a person among paragraphs on others; a question that only it answers.
 - ``words``: a list of words, of which a few are common; which? It has no depth.
+- ``frequent``: a list of made-up words whose counts fall by Zipf's law (exponent 2); which lead? No depth.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TASKS = ("single", "multikey", "multi", "variables", "words")
+TASKS = ("single", "multikey", "multi", "multiquery", "variables", "qa", "words", "frequent")
+#: Tasks whose answer stands all over the text.
+WITHOUT_DEPTH = ("words", "frequent")
 #: A length is effective when at least this share is found at it; near what RULER takes (85.6%, Llama 2 at 4K).
 THRESHOLD = 0.85
 
@@ -102,11 +107,12 @@ def make_needle(
         tokenizer: Counts tokens.
         task: One of :data:`TASKS`.
         length: Tokens of prompt and answer together.
-        depth: Where the needle stands; further ones of ``multi`` and ``variables`` follow evenly up to the end. Ignored
-            by ``words``.
+        depth: Where the needle stands; further ones of ``multi``, ``multiquery`` and ``variables`` follow evenly up to
+            the end. Ignored by ``words`` and ``frequent``.
         trial: Number of the trial.
         seed: Seed of all trials.
-        needles: Numbers (``multi``), keys (``multikey``), links of the chain (``variables``), common words (``words``).
+        needles: Numbers (``multi``), keys (``multikey``, ``multiquery``), links of the chain (``variables``), words
+            that are asked for (``words``, ``frequent``).
         haystack: Texts to hide needles in; generated sentences by default. They are read from a random place on, and
             from the beginning again where they are too short.
         new_tokens: Room for the answer.
@@ -119,7 +125,7 @@ def make_needle(
         raise UserError(f"There is no needle task '{task}': {did_you_mean(task, TASKS)}")
     if needles < 1 or (depth is not None and not 0 <= depth <= 1):
         raise UserError(f"needles is {needles} and depth {depth}: give at least 1, and a depth from 0 to 1.")
-    depth = None if task == "words" else 0.5 if depth is None else depth
+    depth = None if task in WITHOUT_DEPTH else 0.5 if depth is None else depth
     draw = Draw(seed, f"needles/{task}/{length}/{depth}/{trial}")
     sentences = _haystack(haystack, draw)
     text = _TASKS[task](draw, depth if depth is not None else 0.0, needles, sentences)
@@ -234,6 +240,53 @@ def _multi(draw: Draw, depth: float, needles: int, filler: Callable[[int], list[
     )
 
 
+def _multiquery(draw: Draw, depth: float, needles: int, filler: Callable[[int], list[str]]) -> _Text:
+    if needles > len(_KEYS):
+        raise UserError(f"There are {len(_KEYS)} keys, fewer than {needles}: use fewer needles.")
+    keys = draw.sample(_KEYS, needles)
+    numbers = [_number(draw) for _ in keys]
+    said = zip(_spread(depth, needles), keys, numbers)
+    asked = ", ".join(f"the {key}" for key in keys)
+    return _Text(
+        "Read the text and keep every code in it in mind.\n\n",
+        tuple((at, f"The code of the {key} is {number}.") for at, key, number in said),
+        f"\n\nQuestion: What are the codes of {asked}?\nAnswer: The codes of {asked} are, in this order,",
+        tuple(numbers),
+        filler,
+    )
+
+
+def _name(draw: Draw) -> str:
+    return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)).capitalize()
+
+
+def _qa(draw: Draw, depth: float, needles: int, filler: Callable[[int], list[str]]) -> _Text:
+    who, town = f"{_name(draw)} {_name(draw)}", _name(draw)
+    seed, made, taken = draw.below(2**31), list[str](), {who, town}
+
+    def told(name: str, place: str, own: Draw) -> str:
+        trade = own.choice(("baker", "surgeon", "pilot", "weaver", "judge", "sailor"))
+        return f"{name} was born in {place}, became a {trade} and {own.choice(_FILLER[1])} {own.choice(_FILLER[2])}."
+
+    def others(size: int) -> list[str]:
+        while len(made) < size:
+            own = Draw(seed, f"person/{len(made)}")
+            name, place = f"{_name(own)} {_name(own)}", _name(own)
+            while name in taken or place == town:
+                name, place = f"{_name(own)} {_name(own)}", _name(own)
+            taken.add(name)
+            made.append(told(name, place, own))
+        return made[:size]
+
+    return _Text(
+        "Read what is said of these people.\n\n",
+        ((depth, told(who, town, draw)),),
+        f"\n\nQuestion: In which town was {who} born?\nAnswer: {who} was born in",
+        (town,),
+        others,
+    )
+
+
 def _variables(draw: Draw, depth: float, needles: int, filler: Callable[[int], list[str]]) -> _Text:
     names: dict[str, None] = {}
     while len(names) < 2 * needles:
@@ -279,12 +332,41 @@ def _words(draw: Draw, depth: float, needles: int, filler: Callable[[int], list[
     )
 
 
+def _frequent(draw: Draw, depth: float, needles: int, filler: Callable[[int], list[str]]) -> _Text:
+    words: dict[str, None] = {}
+    while len(words) < max(40, 4 * needles):
+        words[_name(draw).lower()] = None
+    ranked, seed = list(words), draw.below(2**31)
+
+    def listed(size: int) -> list[str]:
+        weights = [1 / rank**2 for rank in range(1, len(ranked) + 1)]
+        counts = [int(size * weight / sum(weights)) for weight in weights]
+        # Whoever is asked for must lead whoever is not, also in a short list; what rounding leaves goes to the rarest.
+        many = [word for i, word in enumerate(ranked) for _ in range(counts[i] + 2 * (i < needles))]
+        if size < 10 * needles:
+            raise UserError(f"A list of {size} words is too short for {needles} frequent ones: use a greater length.")
+        many += list(reversed(ranked[needles + 1 :]))[: max(0, size - len(many))]
+        return Draw(seed, f"list/{size}").shuffled(many[:size])
+
+    return _Text(
+        "Here is a list of made-up words; few of them make up most of it.\n\n",
+        (),
+        f"\n\nQuestion: Which {needles} words are the most frequent in the list?\nAnswer: The most frequent words are",
+        tuple(ranked[:needles]),
+        listed,
+        joint=", ",
+    )
+
+
 _TASKS: dict[str, Callable[[Draw, float, int, Callable[[int], list[str]]], _Text]] = {
     "single": _single,
     "multikey": _multikey,
     "multi": _multi,
+    "multiquery": _multiquery,
     "variables": _variables,
+    "qa": _qa,
     "words": _words,
+    "frequent": _frequent,
 }
 
 
@@ -345,7 +427,7 @@ def needle_rows(
     tests = []
     for task in tasks:
         for length in lengths:
-            for depth in depths if task != "words" else (None,):
+            for depth in depths if task not in WITHOUT_DEPTH else (None,):
                 for trial in range(trials):
                     made = make_needle(
                         tokenizer, task=task, length=length - special, depth=depth, trial=trial, seed=seed,

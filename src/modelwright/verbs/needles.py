@@ -12,7 +12,7 @@ from modelwright.progress import Progress
 
 @dataclass(kw_only=True)
 class Needles:
-    """Test what a model finds again of a long prompt, by length and depth, with or without STRING."""
+    """Test what a model finds again of a long prompt, by length and depth, with or without a method."""
 
     model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
     output: Annotated[Path, Arg("JSON file to write.", short="-o", kind="output", filename="needles.json")]
@@ -22,7 +22,11 @@ class Needles:
     samples: Annotated[
         Path | None, Arg("File for a row per test (JSONL, Parquet, CSV).", kind="output", filename="samples.jsonl")
     ] = None
-    tasks: Annotated[list[str], Arg("single, multikey, multi, variables or words.")] = field(
+    with_: Annotated[
+        list[str | dict[str, Any]],
+        Arg("A decoding method: a YAML or JSON file, a name, or 'name: {option: value}'.", kind="methods"),
+    ] = field(default_factory=list)
+    tasks: Annotated[list[str], Arg("single, multikey, multi, multiquery, variables, qa, words or frequent.")] = field(
         default_factory=lambda: ["single"]
     )
     lengths: Annotated[
@@ -43,7 +47,7 @@ class Needles:
     ] = None
     window: Annotated[int, Arg("STRING's window.")] = 128
     attention_factor: Annotated[float, Arg("STRING's factor of cosines and sines; 1 is the paper's.")] = 1.0
-    compare: Annotated[bool, Arg("With --shift: test the plain model on the same prompts too.")] = False
+    compare: Annotated[bool, Arg("Test the plain model on the same prompts too.")] = False
     new_tokens: Annotated[int, Arg("Tokens of an answer at most.")] = 64
     chat: Annotated[bool, Arg("Ask by the tokenizer's chat template.")] = False
     seed: Annotated[int, Arg("Seed of the tests.")] = 0
@@ -60,11 +64,12 @@ class Needles:
 
         import torch
 
-        from modelwright import catalog, provenance
+        from modelwright import provenance
         from modelwright.data.records import Records
         from modelwright.data.write import check_format, write_rows
+        from modelwright.decoding.parts import Parts, read_parts
         from modelwright.errors import UserError
-        from modelwright.evaluation.needles import THRESHOLD, cells, effective_length, needle_rows
+        from modelwright.evaluation.needles import THRESHOLD, WITHOUT_DEPTH, cells, effective_length, needle_rows
         from modelwright.evaluation.needles_map import check_map, write_map
         from modelwright.files import atomic_path, check_output, write_json
         from modelwright.models.loading import describe, load_model, load_tokenizer
@@ -76,8 +81,18 @@ class Needles:
         if self.samples is not None:
             check_output(self.samples, self.force)
             check_format(self.samples)
-        if self.compare and self.shift is None:
-            raise UserError("--compare sets STRING beside the plain model: give STRING's --shift too.")
+        if self.shift is not None and self.with_:
+            raise UserError("--shift is short for --with 'string: {shift: …}': give one of them.")
+        given: list[Any] = list(self.with_)
+        if self.shift is not None:
+            options = {"shift": self.shift, "window": self.window, "attention_factor": self.attention_factor}
+            # From a command line a whole number arrives as 4096.0.
+            if self.shift >= 1 and self.shift == int(self.shift):
+                options["shift"] = int(self.shift)
+            given = [{"string": options}]
+        parts = read_parts(given)
+        if self.compare and not parts.all:
+            raise UserError("--compare sets a method beside the plain model: give --with, or STRING's --shift.")
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         haystack = list(Records(self.haystack, self.text_field).texts()) if self.haystack else []
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
@@ -87,31 +102,21 @@ class Needles:
             if longest is None:
                 raise UserError("The model has no bound on its positions: say which lengths to test with --lengths.")
             lengths = [longest * quarter // 4 for quarter in (1, 2, 3, 4)]
-        contexts: dict[str, Any] = {}
-        if self.shift is None or self.compare:
-            contexts["plain"] = contextlib.nullcontext
-        if self.shift is not None:
-            # From a command line a whole number arrives as 4096.0.
-            shift = int(self.shift) if self.shift >= 1 and self.shift == int(self.shift) else self.shift
-            config = catalog.load("contexts", "string")(
-                shift=shift, window=self.window, attention_factor=self.attention_factor
-            )
-            with config.apply(model):  # refuses what it refuses before hours of the other grid
-                pass
-            contexts["string"] = lambda: config.apply(model)
-        per_grid = self.trials * len(lengths) * sum(1 if t == "words" else len(self.depths) for t in self.tasks)
-        progress.start("needles", per_grid * len(contexts))
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in contexts}
-        applied: dict[str, Any] = {}
+        ways = {"plain": Parts()} if self.compare else {}
+        ways[parts.name] = parts
+        with parts.on(model, tokenizer) as applied:  # refuses what it refuses before hours of the other grid
+            if applied.needs_context:
+                raise UserError(f"'{parts.name}' needs each prompt without its context, which a needle test has not.")
+        per_grid = self.trials * len(lengths) * sum(1 if t in WITHOUT_DEPTH else len(self.depths) for t in self.tasks)
+        progress.start("needles", per_grid * len(ways))
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
         try:
-            for name, context in contexts.items():
-                with context() as now:
-                    if name == "string":
-                        applied = {"shift": now.shift, "window": now.window, "attention_factor": now.attention_factor}
+            for name, way in ways.items():
+                with way.on(model, tokenizer) as applied:
                     for row in needle_rows(
                         model, tokenizer, lengths=lengths, depths=self.depths, tasks=self.tasks, trials=self.trials,
                         needles=self.needles, haystack=haystack, seed=self.seed, new_tokens=self.new_tokens,
-                        chat=self.chat, batch_size=self.batch_size,
+                        chat=self.chat, batch_size=self.batch_size, generate_with=applied.generate,
                     ):  # fmt: skip
                         rows[name].append(row)
                         mean = sum(r["found"] for r in rows[name]) / len(rows[name])
@@ -128,7 +133,7 @@ class Needles:
             "settings": {
                 "tasks": self.tasks, "lengths": lengths, "depths": self.depths, "trials": self.trials,
                 "needles": self.needles, "new_tokens": self.new_tokens, "chat": self.chat, "seed": self.seed,
-                "haystack": self.haystack or "generated", "string": applied or None,
+                "haystack": self.haystack or "generated", "methods": parts.identity(),
             },
             "model": {"name": self.model, **describe(model)},
             "grids": grids,
@@ -142,9 +147,8 @@ class Needles:
                 write_rows(part, ({"grid": name, **row} for name, found in rows.items() for row in found))
             if self.heatmap is not None:
                 note = f"{self.trials} tests a cell; {'the haystack given' if haystack else 'generated sentences'}."
-                labels = {"plain": "plain", "string": f"STRING, shift {applied.get('shift')}"}
                 part = all_or_none.enter_context(atomic_path(self.heatmap, self.force))
-                write_map(part, {labels[n]: g for n, g in grids.items()}, title=f"Needles: {self.model}", note=note)
+                write_map(part, grids, title=f"Needles: {self.model}", note=note)
             write_json(self.output, result, self.force)
         return {
             "output": str(self.output),
@@ -163,3 +167,20 @@ def _by_length(grid: list[dict[str, Any]]) -> dict[str, float]:
         values = [cell["found"] for cell in grid if cell["length"] == length]
         means[f"{length} tokens"] = sum(values) / len(values)
     return means
+
+
+@dataclass(kw_only=True)
+class Ruler(Needles):
+    """Test long prompts by tasks of RULER's kinds on generated text: needles, tracing, counting, questions.
+
+    All tasks at each length; the wording is ours, so compare numbers within this tool only.
+    """
+
+    output: Annotated[Path, Arg("JSON file to write.", short="-o", kind="output", filename="ruler.json")]
+    heatmap: Annotated[
+        Path | None, Arg("Heat map to write: .png, .svg or .html.", kind="output", filename="ruler.html")
+    ] = None
+    tasks: Annotated[list[str], Arg("Tasks; all of them by default.")] = field(
+        default_factory=lambda: ["single", "multikey", "multi", "multiquery", "variables", "qa", "words", "frequent"]
+    )
+    trials: Annotated[int, Arg("Tests for each length and depth.")] = 4
