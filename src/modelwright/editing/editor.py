@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modelwright import catalog
-from modelwright.curation.selector import make_part
 from modelwright.editing.edit import Edit
 from modelwright.editing.requests import EditRequest
 from modelwright.errors import UserError
+from modelwright.options import make_part
 from modelwright.progress import Progress
 
 if TYPE_CHECKING:
@@ -81,7 +82,12 @@ def make_editor(name: str, options: Mapping[str, Any] | None = None) -> Editor:
     Raises:
         UserError: No such editor or option, or a value of the wrong type.
     """
-    return make_part(catalog.load("editors", name), name, options)
+    plain = (str, int, float, list, tuple, dict, type(None))
+    # Only text and numbers are converted: statistics that are in memory stay as they are.
+    ready = {key: value for key, value in (options or {}).items() if not isinstance(value, plain)}
+    converted = {key: value for key, value in (options or {}).items() if key not in ready}
+    editor = make_part(catalog.load("editors", name), name, converted)
+    return dataclasses.replace(editor, **ready) if ready else editor
 
 
 def layer_for(depth: int, paper_layer: int, paper_depth: int = 32) -> int:
