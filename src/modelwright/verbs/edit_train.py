@@ -52,11 +52,13 @@ class EditTrain:
         from modelwright.curation.selector import make_part
         from modelwright.data import read_texts
         from modelwright.editing import read_requests
-        from modelwright.errors import UserError
+        from modelwright.errors import UserError, did_you_mean
         from modelwright.files import check_output
         from modelwright.models.loading import load_model, load_tokenizer
 
         check_output(self.output, self.force)
+        if self.method not in (known := catalog.provided("trainable_editors")):
+            raise UserError(f"There is no editor '{self.method}' that is trained: {did_you_mean(self.method, known)}")
         editor = make_part(catalog.load("trainable_editors", self.method), self.method, self.set)
         requests = read_requests(self.requests)
         texts = read_texts(self.locality, self.text_field) if self.locality else []

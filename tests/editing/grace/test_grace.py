@@ -212,6 +212,38 @@ def test_a_continued_codebook_silences_the_one_below_where_its_ball_shrank():
         assert torch.equal(logits(model, "x"), both)
 
 
+def test_training_uses_the_record_that_it_trains_wherever_rounding_puts_the_query(monkeypatch):
+    from modelwright.editing.grace import editor
+
+    model = tiny_model("llama")
+    wanted = GRACE(radius=RADIUS, start="warm").fit(model, TOKENIZER, [FREE])
+    monkeypatch.setattr(editor, "find_records", lambda book, inputs, *_: torch.full(inputs.shape[:2], -1))
+    found = GRACE(radius=RADIUS, start="warm").fit(model, TOKENIZER, [FREE])
+    assert torch.equal(found.codebook.records[0].value, wanted.codebook.records[0].value)
+
+
+def test_the_codebook_that_is_continued_does_not_answer_while_it_is():
+    # Warm starts are the layer's own outputs, so both ways must train the same value.
+    model = tiny_model("llama")
+    keys = {"radius": 100.0, "layer": 0, "steps": 5, "start": "warm"}
+    both = GRACE(**keys).fit(model, TOKENIZER, [FREE, RURI])
+    with GRACE(**keys).fit(model, TOKENIZER, [FREE]).applied(model):
+        second = GRACE(**keys).fit(model, TOKENIZER, [RURI])
+    assert second.details["edits"][0]["case"] == "split"
+    assert repr(both.codebook.records) == repr(second.codebook.records)
+    assert second.details["edits"][0] == both.details["edits"][1]
+
+
+def test_a_ball_that_grows_starts_from_its_value():
+    model = tiny_model("llama")
+    trained = GRACE(radius=RADIUS).fit(model, TOKENIZER, [FREE])
+    with trained.applied(model):
+        grown = GRACE(radius=RADIUS, steps=0).fit(model, TOKENIZER, [FREE])
+    assert grown.details["edits"][0]["case"] == "grow"
+    assert len(grown.codebook.records) == 1
+    assert torch.equal(grown.codebook.records[0].value, trained.codebook.records[0].value)
+
+
 def test_deleting_restores():
     model = tiny_model("llama")
     before = {r.id: logits(model, r.text) for r in (FREE, RURI)}

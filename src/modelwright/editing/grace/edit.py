@@ -83,12 +83,14 @@ class GraceEdit(HookEdit):
 
     def _hook(self, model: nn.Module) -> list[RemovableHandle]:
         projection = down_projection(model, self.layer)
-        width = projection.weight().shape
+        base = projection.base
+        # A quantised weight has another shape than the map that it stands for.
+        sizes = (base.nf, base.nx) if projection.transposed else (base.out_features, base.in_features)
         for entry in self.codebook.entries:
-            if (len(entry.value), len(entry.key)) != tuple(width):
+            if (len(entry.value), len(entry.key)) != sizes:
                 raise UserError(
                     f"The codebook has keys of {len(entry.key)} and values of {len(entry.value)} numbers, but layer "
-                    f"{self.layer} maps {width[1]} to {width[0]}: it is another model's."
+                    f"{self.layer} maps {sizes[1]} to {sizes[0]}: it is another model's."
                 )
         masks: list[torch.Tensor | None] = [None]
 

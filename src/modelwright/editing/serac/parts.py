@@ -15,7 +15,7 @@ from modelwright.editing.requests import EditRequest
 from modelwright.editing.subject import encode_pair
 from modelwright.errors import UserError
 from modelwright.files import read_json, write_json
-from modelwright.models.loading import find_folder, load_checked, load_config, load_model, load_tokenizer
+from modelwright.models.loading import find_folder, load_checked, load_config, load_model, load_tokenizer, write_model
 from modelwright.models.roles import unwrap
 from modelwright.models.scoring import context_length
 from modelwright.models.tokenizers import leading_ids
@@ -159,10 +159,9 @@ class SeracParts(nn.Module):
 
     def write(self, folder: Path) -> None:
         """Writes everything into an existing folder, as Hugging Face folders and safetensors."""
-        self.small.save_pretrained(folder / "small")
+        write_model(self.small, None, folder / "small")
         if self.encoder is not None and self.encoder_tokenizer is not None:
-            self.encoder.save_pretrained(folder / "encoder")
-            self.encoder_tokenizer.save_pretrained(folder / "encoder")
+            write_model(self.encoder, self.encoder_tokenizer, folder / "encoder")
         save_file({"projection": self.projection.weight.detach().cpu().contiguous()}, folder / "projection.safetensors")
         write_json(folder / "serac.json", {"format": 1, "pooling": self.pooling, "separator": self.separator})
 
