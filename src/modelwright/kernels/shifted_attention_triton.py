@@ -11,6 +11,7 @@ a second, small kernel. Rows of the batch may be padded on the left.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -126,20 +127,21 @@ def shifted_attention(
         partial = query.new_empty((splits, batch, rows, heads, size), dtype=torch.float32)
         lse = query.new_empty((splits, batch, rows, heads), dtype=torch.float32)
     hidden = None if lefts is None or not any(lefts) else torch.tensor(lefts, dtype=torch.int32, device=query.device)
-    _attention_kernel[(blocks, splits, batch * kept)](
-        query, key, value, partial, lse, turn.cos, turn.sin, turn.partner, turn.partner if hidden is None else hidden,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        batch, kept, rows, keys, shift, span, scaling * _LOG2_E,
-        GROUPS=groups, SIZE=size, PADDED=padded, BLOCK=block, KEYS=launch.keys, LEFT=hidden is not None,
-        SPLIT=splits > 1, WIDE=_INTERPRETED or query.dtype == torch.float32,
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
-    if splits > 1:
-        _join_kernel[(batch * rows * heads,)](
-            partial, lse, out, batch * rows * heads, splits,
-            SIZE=size, PADDED=padded, SPLITS=triton.next_power_of_2(splits), num_warps=4,
+    with _on(query.device):
+        _attention_kernel[(blocks, splits, batch * kept)](
+            query, key, value, partial, lse, *turn, turn.partner if hidden is None else hidden,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            batch, kept, rows, keys, shift, span, scaling * _LOG2_E,
+            GROUPS=groups, SIZE=size, PADDED=padded, BLOCK=block, KEYS=launch.keys, LEFT=hidden is not None,
+            SPLIT=splits > 1, WIDE=_INTERPRETED or query.dtype == torch.float32,
+            PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
+            num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
+        if splits > 1:
+            _join_kernel[(batch * rows * heads,)](
+                partial, lse, out, batch * rows * heads, splits,
+                SIZE=size, PADDED=padded, SPLITS=triton.next_power_of_2(splits), num_warps=4,
+            )  # fmt: skip
     return out.transpose(1, 2)
 
 
@@ -154,16 +156,22 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """
     batch, heads, rows, size = out.shape
     padded, block = triton.next_power_of_2(size), 32
-    _merge_kernel[(triton.cdiv(rows, block), batch * heads)](
-        out, lse, more, more_lse, heads, rows,
-        *out.stride()[:3], *more.stride()[:3], *lse.stride(), *more_lse.stride(),
-        SIZE=size, PADDED=padded, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    with _on(out.device):
+        _merge_kernel[(triton.cdiv(rows, block), batch * heads)](
+            out, lse, more, more_lse, heads, rows,
+            *out.stride()[:3], *more.stride()[:3], *lse.stride(), *more_lse.stride(),
+            SIZE=size, PADDED=padded, BLOCK=block, num_warps=4,
+        )  # fmt: skip
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @triton.jit
