@@ -317,6 +317,48 @@ class Branches:
         return token
 
 
+def enumerated(monkeypatch, target, prompt, count, **keys):
+    """The law of the first tokens that generate gives, room being for three, by going through every draw."""
+    size, start = target.config.vocab_size, prompt.shape[1]
+    branches = None
+    monkeypatch.setattr(
+        drafts, "draw_rows", lambda laws, _: torch.tensor([branches.choose(weights) for weights in laws])
+    )
+    monkeypatch.setattr(decoding, "draw", lambda weights, _: branches.choose(weights))
+    monkeypatch.setattr(verifiers.Outcome, "draw", lambda self, *_: branches.choose(self.law(size)))
+    law, todo = np.zeros((size,) * count), [[]]
+    while todo:
+        branches = Branches(todo.pop())
+        known = len(branches.script)
+        out = target.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=True,
+            **{"top_k": 0, **keys},
+        )  # fmt: skip
+        law[tuple(out[0, start : start + count].tolist())] += branches.mass
+        todo += [[*branches.script[:at], other] for at, other in branches.open if at >= known]
+    return law
+
+
+@pytest.mark.parametrize("layout", ["tree", pytest.param("rows", marks=pytest.mark.slow)])
+def test_the_law_of_three_tokens_a_bonus_included(monkeypatch, layout):
+    """Drafts that once disagreed must stay out: the third token follows whichever agreed with both before it."""
+    sizes = {"vocab_size": 2, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 1, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": None}
+    target, draft = (
+        tiny_model("llama", seed=seed, initializer_range=1.0, pad_token_id=0, **sizes).double() for seed in (1, 2)
+    )
+    prompt = torch.tensor([[0, 1, 1, 0]])
+    wanted = np.zeros((2, 2, 2))
+    for tokens in itertools.product(range(2), repeat=3):
+        with torch.no_grad():
+            law = target(torch.cat([prompt, torch.tensor([tokens])], 1)).logits[0, 3:6].softmax(-1)
+        wanted[tokens] = float(law[range(3), tokens].prod())
+    decode = MultiDraftDecoding(draft, num_drafts=2, draft_length=2, layout=layout)
+    law = enumerated(monkeypatch, target, prompt, 3, custom_generate=decode)
+    np.testing.assert_allclose(law, wanted, rtol=0, atol=1e-7)
+    assert decode.stats.block_efficiency > 1
+
+
 @pytest.mark.parametrize(
     ("verifier", "source", "options"),
     [
@@ -354,22 +396,7 @@ def test_the_law_of_two_tokens_is_the_targets_by_enumeration(monkeypatch, verifi
     # Room for a third token, so that drafts of the first block have two; but two are looked at.
     end = prompt.shape[1] + 2
     enough = StoppingCriteriaList([lambda ids, _: torch.tensor([ids.shape[1] >= end])])
-    branches = None
-    monkeypatch.setattr(
-        drafts, "draw_rows", lambda laws, _: torch.tensor([branches.choose(weights) for weights in laws])
-    )
-    monkeypatch.setattr(decoding, "draw", lambda weights, _: branches.choose(weights))
-    monkeypatch.setattr(verifiers.Outcome, "draw", lambda self, *_: branches.choose(self.law(3)))
-    law, todo = np.zeros((3, 3)), [[]]
-    while todo:
-        branches = Branches(todo.pop())
-        start = len(branches.script)
-        out = target.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=True, stopping_criteria=enough,
-            custom_generate=decode, **options,
-        )  # fmt: skip
-        law[tuple(out[0, end - 2 :].tolist())] += branches.mass
-        todo += [[*branches.script[:at], other] for at, other in branches.open if at >= start]
+    law = enumerated(monkeypatch, target, prompt, 2, stopping_criteria=enough, custom_generate=decode, **options)
     assert 0 < decode.stats.acceptance_rate <= 1
     assert len(decode.stats.by_depth) == 2
     np.testing.assert_allclose(law, wanted, rtol=0, atol=1e-12)
