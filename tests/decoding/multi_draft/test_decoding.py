@@ -258,6 +258,19 @@ def test_drafts_are_drawn_from_the_assistants_own_law():
     assert len(seen) > 3
 
 
+def test_drafts_of_one_beginning_are_drawn_from_one_law():
+    """Rows of a batch may differ in the last bits; a draft's token must be from the law that is verified against."""
+    proposer = AssistantDrafts(model=tiny_model("llama", vocab_size=4), num_drafts=3).start(
+        tiny_model("llama", vocab_size=4), Shaper(LogitsProcessorList(), 2), False
+    )
+    rows = [Row(b, torch.tensor([1, 2]), longest=9) for b in range(2)]
+    tokens = torch.tensor([[1, 2], [0, 2], [1, 2], [3, 3], [3, 0], [3, 0]])
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    found, laws = proposer._next(rows, logits, tokens, torch.full((6,), 0.4, dtype=torch.float64))
+    torch.testing.assert_close(laws, logits[[0, 1, 0, 3, 4, 4]].double().softmax(-1))
+    assert found.tolist() == [int((law.cumsum(0) > 0.4).nonzero()[0]) for law in laws]
+
+
 def test_lookup_finds_the_latest_of_the_longest_matches():
     ids = torch.tensor([1, 2, 3, 7, 1, 2, 3, 8, 9, 3, 5, 2, 3])
     proposer = PromptLookupDrafts(num_drafts=4, longest=2).start(None, None, True)
