@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import TextIteratorStreamer
 
 from decoding.decore.decore_cases import ATTENTION, HEADS, INPUTS, TOKENIZER, make, rows
+from modelwright.attention.string import StringConfig, apply_string
 from modelwright.decoding.contrast import contrast, entropy, keep_plausible
 from modelwright.decoding.decore import DeCoReConfig, HeadAblation, decore_generate
 from modelwright.errors import UserError
@@ -324,3 +325,19 @@ def test_an_amateur_of_another_vocabulary_and_a_model_without_heads():
         generate(model, DeCoReConfig(HEADS), num_beams=2)
     with pytest.raises(UserError, match="dynamic cache"):
         generate(model, DeCoReConfig(HEADS), cache_implementation="static")
+
+
+def test_it_works_under_another_methods_attention():
+    """STRING changes the positions of far keys; the twin sees the same positions as the model."""
+    model = make(max_position_embeddings=64)
+    ids, mask = rows(["a prompt that is long enough for far keys to be shifted", "short"])
+    keys = {"input_ids": ids, "attention_mask": mask}
+    plain = generate(model, DeCoReConfig(HEADS, alpha=2.5), **keys)
+    with apply_string(model, StringConfig(shift=16, window=4)):
+        own = model.generate(**keys, max_new_tokens=LENGTH, do_sample=False)
+        assert torch.equal(generate(model, DeCoReConfig(HEADS, alpha=0.0), **keys), own)
+        found = generate(model, DeCoReConfig(HEADS, alpha=2.5), **keys)
+        assert torch.equal(generate(model, DeCoReConfig(HEADS, alpha=2.5, batch=False), **keys), found)
+        assert torch.equal(generate(model, DeCoReConfig(HEADS, alpha=2.5), use_cache=False, **keys), found)
+    assert not torch.equal(found, plain)
+    assert torch.equal(generate(model, DeCoReConfig(HEADS, alpha=2.5), **keys), plain)
