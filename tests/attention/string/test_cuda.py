@@ -102,7 +102,7 @@ def test_models(family, dtype):
         greedy = model.generate(ids.cuda(), max_new_tokens=4, do_sample=False)
         assert greedy.shape[0] == 2
     spread = float(whole.std())
-    share = 1e-4 if dtype == torch.float32 else 0.05
+    share = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 0.04}[dtype]
     for logits, wanted in zip(found, (whole, whole, padded), strict=True):
         missed = (logits.double().cpu() - wanted) * mask[..., None]
         assert float(missed.abs().mean()) < share * spread
