@@ -15,6 +15,9 @@ from modelwright.errors import UserError
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.models.tiny_pairs import pair_tokenizer, tiny_pair
 from modelwright.training.contrastive.encoders import load_pair_encoder, pair_encoder
+from modelwright.training.contrastive.grad_cache import cached
+from modelwright.training.contrastive.towers import tower_parameters
+from modelwright.training.inf_cl import tiled_contrastive_loss
 
 TEXTS = ["a red square", "a much longer text about a blue circle", "é", "two"]
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -54,6 +57,35 @@ def edit(path, **fields):
 
 
 # Image and text
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_frozen_tower_is_spared_its_second_pass_and_the_gradient_is_the_same(tower):
+    found, calls = [], []
+    for spared in (False, True):
+        encoder = pair_encoder(*tiny_pair("clip", attention_dropout=0.5)).train()
+        for parameter in tower_parameters(encoder.model, tower):
+            parameter.requires_grad_(False)
+        original = getattr(encoder.model, f"get_{tower}_features")
+        count = []
+
+        def counted(original=original, count=count, **inputs):
+            count.append(1)
+            return original(**inputs)
+
+        setattr(encoder.model, f"get_{tower}_features", counted)
+        rows = image_rows()
+        parts = [encoder.collator(rows[:3]), encoder.collator(rows[3:])]
+        torch.manual_seed(1)
+        encoded = cached(encoder, parts, remember=encoder.remembering if spared else None)
+        tiled_contrastive_loss(encoded.queries, encoded.keys, encoded.scale).backward()
+        found.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+        calls.append(len(count))
+    assert calls == [4, 2]
+    assert found[0].keys() == found[1].keys()
+    assert any(float(gradient.abs().max()) > 0 for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])

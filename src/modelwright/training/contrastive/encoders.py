@@ -24,6 +24,7 @@ from modelwright.training.contrastive.sentence_folder import (
     read_sentence_folder,
     write_sentence_folder,
 )
+from modelwright.training.contrastive.towers import default_pooling, frozen_tower, pool, upcast
 
 Kind = Literal["image-text", "text-text"]
 Objective = Literal["softmax", "sigmoid"]
@@ -127,8 +128,7 @@ class PairEncoder(nn.Module):
             UserError: The model's features are not one vector a row.
         """
         if self.kind == "image-text":
-            queries = self._vectors(self.model.get_image_features, self._pick(batch, self._image_inputs, text=False))
-            keys = self._texts(self._pick(batch, self._text_inputs))
+            queries, keys = self._image_text(batch)
         else:
             queries = self._texts(self._pick(batch, self._text_inputs, "query_"))
             keys = self._texts(self._pick(batch, self._text_inputs, "key_"))
@@ -137,9 +137,33 @@ class PairEncoder(nn.Module):
             negatives = self._texts(self._pick(batch, self._text_inputs, "negative_"))
         return Encoded(queries, keys, negatives, self.scale(), self.bias())
 
+    def _image_text(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def images() -> Tensor:
+            return self._vectors(self.model.get_image_features, self._pick(batch, self._image_inputs, text=False))
+
+        def texts() -> Tensor:
+            return self._texts(self._pick(batch, self._text_inputs))
+
+        frozen = frozen_tower(self.model)
+        if frozen == "image":
+            # Last: what it draws at random, or does not when it is known, must not change what the other tower draws.
+            keys = texts()
+            return batch["known"] if "known" in batch else images(), keys
+        return images(), batch["known"] if "known" in batch else texts()
+
+    def remembering(self, batch: Mapping[str, Tensor], encoded: Encoded) -> Mapping[str, Tensor]:
+        """Returns a batch with a frozen tower's embeddings in place of its inputs, to spare the tower a second pass."""
+        frozen = frozen_tower(self.model) if self.kind == "image-text" else ""
+        if not frozen or encoded.negatives is not None:
+            return batch
+        known = encoded.queries if frozen == "image" else encoded.keys
+        names = self._image_inputs if frozen == "image" else self._text_inputs
+        spent = self._pick(batch, names, text=frozen == "text")
+        return {"known": known.detach(), **{name: values for name, values in batch.items() if name not in spent}}
+
     def scale(self) -> Tensor:
         """Returns the multiplier of the cosines, () float32 or float64."""
-        log_scale = _upcast(self._log_scale_parameter()).reshape(())
+        log_scale = upcast(self._log_scale_parameter()).reshape(())
         if self._scale_name == "temperature":
             log_scale = -log_scale.log()
         if self.objective == "softmax":
@@ -151,7 +175,7 @@ class PairEncoder(nn.Module):
         if self.objective == "softmax":
             return None
         own = self.logit_bias if self.logit_bias is not None else self.model.logit_bias
-        return _upcast(own).reshape(())
+        return upcast(own).reshape(())
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
@@ -212,7 +236,7 @@ class PairEncoder(nn.Module):
             hidden = self.model(**inputs, use_cache=False).last_hidden_state
         else:
             hidden = self.model(**inputs).last_hidden_state
-        return functional.normalize(_pool(_upcast(hidden), inputs["attention_mask"], self.pooling or "mean"), dim=-1)
+        return functional.normalize(pool(upcast(hidden), inputs["attention_mask"], self.pooling or "mean"), dim=-1)
 
     def _vectors(self, tower: Any, inputs: dict[str, Tensor]) -> Tensor:
         found = tower(**inputs)
@@ -223,7 +247,7 @@ class PairEncoder(nn.Module):
                 f"{type(self.model).__name__}.{tower.__name__} gives no single vector for each row: only dual encoders "
                 f"such as CLIP and SigLIP can be trained here."
             )
-        return functional.normalize(_upcast(vectors), dim=-1)
+        return functional.normalize(upcast(vectors), dim=-1)
 
 
 def load_pair_encoder(
@@ -371,7 +395,7 @@ def _build(
         collator,
         kind="image-text" if image_text else "text-text",
         objective=objective,  # type: ignore[arg-type]
-        pooling=None if image_text else _pooling(pooling, model.config, sentence),
+        pooling=None if image_text else default_pooling(pooling, model.config, sentence),
         state=state,
         settings=sentence.settings if sentence else {},
     )
@@ -415,21 +439,6 @@ def _check_end(tokenizer: Any, config: Any) -> None:
             f"The tokenizer does not put the end token behind a text (config.json names the id {end}), where "
             f"{config.model_type} models read it: use the tokenizer that belongs to the model."
         )
-
-
-def _pooling(asked: str, config: Any, sentence: SentenceFolder | None) -> Any:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    if asked != "auto":
-        return asked
-    if sentence:
-        return sentence.pooling
-    kind = config.model_type
-    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "last" if causal else "mean"
 
 
 def _max_tokens(
@@ -483,18 +492,3 @@ def _load_processor(folder: Path, trust_remote_code: bool) -> Any:
     if found.tokenizer.pad_token is None and found.tokenizer.eos_token is not None:
         found.tokenizer.pad_token = found.tokenizer.eos_token
     return found
-
-
-def _upcast(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Pools (rows, length, width) to (rows, width); padding is on the right."""
-    if pooling == "cls":
-        return hidden[:, 0]
-    if pooling == "last":
-        last = mask.sum(1).sub(1).clamp(min=0)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)

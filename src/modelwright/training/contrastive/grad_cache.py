@@ -28,6 +28,7 @@ def cached(
     *,
     device: torch.device | str | None = None,
     module: nn.Module | None = None,
+    remember: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
     """Encodes sub-batches and returns what one call on the whole batch would, at the memory of one sub-batch.
 
@@ -48,6 +49,8 @@ def cached(
             there. Without gradients they are not kept.
         device: Where a sub-batch is moved for the time it is encoded; None leaves it where it is.
         module: The module behind ``encode``, if that is not itself one; it is searched for batch normalisation.
+        remember: From a sub-batch and what ``encode`` gave for it to the sub-batch that is kept for the second pass,
+            such as one that holds what a frozen part has found already. It must draw the same random numbers.
 
     Returns:
         What ``encode`` returns, of the same type (a tuple, a named tuple): (rows, …) and () tensors.
@@ -64,7 +67,8 @@ def cached(
         raise UserError("There is nothing to encode: the list of sub-batches is empty.")
     if len(kept) == 1:
         return encode(_moved(kept[0], device))  # nothing to save: the plain forward pass
-    work, batches = _Work(encode, torch.device(device) if device is not None else None), itertools.chain(kept, iterator)
+    work = _Work(encode, torch.device(device) if device is not None else None, remember)
+    batches = itertools.chain(kept, iterator)
     if not torch.is_grad_enabled():
         del kept
         return work.assemble(work.first_pass(batches, keep=False))
@@ -79,6 +83,7 @@ class _Work:
 
     encode: Callable[[Any], tuple[Tensor | None, ...]]
     device: torch.device | None
+    remember: Callable[[Any, Any], Any] | None = None
     batches: list[Any] = field(default_factory=list)
     random: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)  # of each sub-batch: rows of each tensor, 0 for one without
@@ -96,9 +101,10 @@ class _Work:
                 if not found:
                     self._begin(moved)
                 if keep:
-                    self.batches.append(batch)
                     self.random.append(_random_state(self.accelerator))
                 outputs = self.encode(moved)
+                if keep:
+                    self.batches.append(batch if self.remember is None else self.remember(batch, outputs))
                 absent = [o is None for o in outputs]
                 if not found:
                     self.kind, self.absent = getattr(type(outputs), "_make", tuple), absent

@@ -23,6 +23,7 @@ from modelwright.training.contrastive.arguments import ContrastiveOptions, Contr
 from modelwright.training.contrastive.batches import Order
 from modelwright.training.contrastive.encoders import PairEncoder, load_pair_encoder, pair_encoder
 from modelwright.training.contrastive.pairs import Pairs, read_pairs
+from modelwright.training.contrastive.towers import tower_parameters
 from modelwright.training.contrastive.trainer import ContrastiveTrainer, default_loss
 from modelwright.training.resume import latest_checkpoint, working_folder
 from modelwright.training.session import session, training_arguments
@@ -272,8 +273,7 @@ def _freeze(encoder: PairEncoder, tower: str) -> None:
         return
     if encoder.kind != "image-text":
         raise UserError(f"--freeze {tower} is for models of images and texts: this one has a single encoder of texts.")
-    stems = ("vision", "visual", "image") if tower == "image" else ("text",)
-    found = [p for name, p in encoder.model.named_parameters() if name.startswith(stems)]
+    found = tower_parameters(encoder.model, tower)
     if not found:
         children = [name for name, _ in encoder.model.named_children()]
         raise UserError(f"The {tower} tower of {type(encoder.model).__name__} was not found among {children}.")

@@ -152,7 +152,7 @@ class ContrastiveTrainer(ResumableTrainer):
     ) -> Any:
         """Encodes a :class:`~modelwright.training.contrastive.batches.Batch` with GradCache; returns its loss, ()."""
         parts = self._chosen(inputs) if self.selection is not None else inputs
-        encoded = cached(model, parts, device=self.args.device, module=self.encoder)
+        encoded = cached(model, parts, device=self.args.device, module=self.encoder, remember=self.encoder.remembering)
         self._shown = {"scale": encoded.scale.detach()}
         if encoded.bias is not None:
             self._shown["bias"] = encoded.bias.detach()
