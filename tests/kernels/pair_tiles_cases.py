@@ -62,6 +62,27 @@ def test_log_sum_exps_and_their_gradients(size, precision):
         close(one, other, GRADIENT_TOLERANCE[precision])
 
 
+def test_the_rows_own_logits_have_their_part():
+    q, k = inputs(200, 150, 40)
+    row_grad, col_grad = weights(200, 150)
+    label_grad, labels = -2 * row_grad.abs(), torch.randperm(200, generator=torch.Generator().manual_seed(3)) % 150
+    more = {"labels": labels.to(DEVICE), "label_grad": label_grad}
+    rows, cols = pair_tiles.softmax_sweep(q.double(), k.double())
+    x = (q.double() @ k.double().T).requires_grad_()
+    parts = (row_grad * x.logsumexp(1)).sum() + (col_grad * x.logsumexp(0)).sum()
+    (wanted,) = torch.autograd.grad(parts + (label_grad * x[torch.arange(200), labels]).sum(), x)
+    wide = {"labels": more["labels"], "label_grad": label_grad.double(), "block_size": 70}
+    plain = pair_tiles.softmax_sweep_backward(
+        q.double(), k.double(), rows, row_grad.double(), cols, col_grad.double(), **wide
+    )
+    found = kernels.softmax_sweep_backward(
+        q, k, rows.float(), row_grad, cols.float(), col_grad, precision="fp16x3", **more
+    )
+    for one, other, expected in zip(found, plain, (wanted @ k.double(), wanted.T @ q.double())):
+        close(one, expected, 1e-5)
+        torch.testing.assert_close(other, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_one_direction_gives_the_same_rows():
     q, k = inputs(200, 150, 40)
     row_grad, _ = weights(200, 150)

@@ -51,16 +51,22 @@ def compile_kernel(name, capability, precision, width, **switches):
     from modelwright.kernels import pair_tiles_kernels, pair_tiles_triton
 
     kernel = getattr(pair_tiles_kernels, name)
-    table = pair_tiles_triton.FORWARD if name == "softmax_kernel" else pair_tiles_triton.WEIGHTS
+    table = {
+        "softmax_kernel": pair_tiles_triton.FORWARD,
+        "softmax_weights_kernel": pair_tiles_triton.WEIGHTS,
+        "sigmoid_kernel": pair_tiles_triton.SIGMOID,
+    }[name]
     options = pair_tiles_triton._options(table[precision], precision, None, width) | switches
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
-    counts = {"m", "n", "stride", "rows_each", "cols_each", "below_diagonal"}
+    counts = {"m", "n", "stride", "rows_each", "cols_each", "below_diagonal", "first_col"}
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in options:
             signature[argument] = "constexpr"
         elif argument in counts:
             signature[argument] = "i32"
+        elif argument == "labels":
+            signature[argument] = "*i64"
         elif argument in ("shift", "fixed_shift"):
             signature[argument] = "fp32"
         else:
@@ -79,8 +85,8 @@ def compile_kernel(name, capability, precision, width, **switches):
 KERNELS = [
     ("softmax_kernel", 512, {"COLUMNS": True, "FIXED": True}),
     ("softmax_kernel", 64, {"COLUMNS": True, "FIXED": False}),
-    ("softmax_weights_kernel", 512, {"BOTH": True, "COMMON": True}),
-    ("softmax_weights_kernel", 64, {"BOTH": True, "COMMON": False}),
+    ("softmax_weights_kernel", 512, {"BOTH": True, "COMMON": True, "LABELS": True}),
+    ("softmax_weights_kernel", 64, {"BOTH": True, "COMMON": False, "LABELS": False}),
     ("sigmoid_kernel", 512, {"DIAGONAL": True, "GRADIENTS": True}),
 ]
 

@@ -111,12 +111,17 @@ def softmax_sweep_backward(
     col_lse: Tensor | None = None,
     col_grad: Tensor | None = None,
     *,
+    labels: Tensor | None = None,
+    label_grad: Tensor | None = None,
     block_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`softmax_sweep`; tiles of ``x = q @ k.T`` are made once more, once for both directions.
 
     With ``G = row_grad[:, None] * exp(x - row_lse[:, None]) + col_grad * exp(x - col_lse)``, returns ``G @ k`` and
-    ``G.T @ q``. ``row_lse`` and ``col_lse`` may be of more keys and queries than are given here (other processes'
+    ``G.T @ q``. With labels ``G[i, labels[i]]`` is larger by ``label_grad[i]``: the derivative by each row's own logit,
+    which nearly cancels the rest there and so must meet it before the products round.
+
+    ``row_lse`` and ``col_lse`` may be of more keys and queries than are given here (other processes'
     parts), but not of fewer: no x may be above the log-sum-exp of its row or column.
 
     Args:
@@ -126,6 +131,8 @@ def softmax_sweep_backward(
         row_grad: (m,) gradient of the loss with respect to ``row_lse``.
         col_lse: (n,), or None for rows only.
         col_grad: (n,), None exactly if ``col_lse`` is.
+        labels: (m,) int64, a row of ``k`` for each of ``q``; None without ``label_grad``.
+        label_grad: (m,).
         block_size: Side of a tile; None chooses one for the device.
 
     Returns:
@@ -157,6 +164,10 @@ def softmax_sweep_backward(
                 x.mul_(row_factor[i, None])
             else:
                 x.mul_(torch.add(row_factor[i, None], col_factor[j], out=other))
+        if labels is not None and label_grad is not None:
+            place = labels[i] - j.start
+            here = (place >= 0) & (place < x.shape[1])
+            x.scatter_add_(1, place.clamp(0, x.shape[1] - 1)[:, None], (label_grad[i] * here)[:, None])
         dq[i].addmm_(x, k[j])
         dk[j].addmm_(x.T, q[i])
     return dq, dk

@@ -150,16 +150,23 @@ def softmax_weights_kernel(
     row_factor,
     col_log,
     col_factor,
+    labels,
+    label_factor,
+    first_col,
     shift,
     BOTH: tl.constexpr,
     COMMON: tl.constexpr,
+    LABELS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SLICE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """The derivative with respect to the logits: of the rows' log-sum-exps, and with BOTH of the columns' too."""
+    """The derivative with respect to the logits: of the rows' log-sum-exps, with BOTH of the columns' too.
+
+    With LABELS also of each row's own logit.
+    """
     row, col = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
     x = _product(q, q_low, k, k_low, row, col, m, n, WIDTH, ROWS, COLS, SLICE, SPLIT) * tl.load(unit)
     rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
@@ -178,6 +185,11 @@ def softmax_weights_kernel(
             c_log = tl.load(col_log + cols, mask=cols < n, other=0.0)
             c_factor = tl.load(col_factor + cols, mask=cols < n, other=0.0)
             gradient += c_factor[None, :] * tl.exp2(x - c_log[None, :])
+    if LABELS:
+        label = tl.load(labels + rows, mask=rows < m, other=-1) - first_col
+        if (tl.max(label, 0) >= col) & (tl.min(label, 0) < col + COLS):
+            own = tl.load(label_factor + rows, mask=rows < m, other=0.0)
+            gradient += tl.where(label[:, None] == cols[None, :], own[:, None], 0.0)
     _store(weights, weights_low, gradient, row, col, m, n, stride, ROWS, COLS, SPLIT)
 
 

@@ -58,10 +58,12 @@ class Launch(NamedTuple):
     stages: int
 
 
-# The one place to change for another card.
-FORWARD = {"fp16": Launch(128, 128, 64, 8, 3), "fp16x3": Launch(128, 128, 32, 8, 3)}
-WEIGHTS = {"fp16": Launch(128, 128, 64, 8, 3), "fp16x3": Launch(128, 128, 32, 8, 3)}
-PROGRAMS = 2
+# The one place to change for another card. These are the fastest of those that `benchmarks/inf_cl_gpu.py --tune` tries
+# on an H100.
+FORWARD = {"fp16": Launch(256, 128, 64, 8, 3), "fp16x3": Launch(128, 256, 32, 8, 3)}
+WEIGHTS = {"fp16": Launch(128, 256, 64, 8, 3), "fp16x3": Launch(128, 128, 32, 8, 3)}
+SIGMOID = {"fp16": Launch(128, 128, 64, 8, 3), "fp16x3": Launch(128, 128, 32, 8, 3)}
+PROGRAMS = 1
 """Of the forward kernel, for each multiprocessor."""
 TILE = 8192
 """Largest side of the tile of weights that the BLAS multiplies."""
@@ -163,6 +165,8 @@ def softmax_sweep_backward(
     col_lse: Tensor | None = None,
     col_grad: Tensor | None = None,
     *,
+    labels: Tensor | None = None,
+    label_grad: Tensor | None = None,
     block_size: int | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -175,6 +179,8 @@ def softmax_sweep_backward(
         row_grad: (m,) gradient of the loss with respect to ``row_lse``.
         col_lse: (n,), or None for rows only.
         col_grad: (n,), None exactly if ``col_lse`` is.
+        labels: (m,) int64, a row of ``k`` for each of ``q``; None without ``label_grad``.
+        label_grad: (m,).
         block_size: Largest side of a block and of the tile of weights.
         precision: Of the products; see the module's docstring.
 
@@ -195,9 +201,14 @@ def softmax_sweep_backward(
     else:
         both, col_log, col_factor = True, col_lse.float() * _LOG2_E, col_grad.float()
         largest = torch.maximum(row_factor.abs().amax(), col_factor.abs().amax())
+    own, label_factor = (row_log, row_factor) if labels is None or label_grad is None else (labels, label_grad.float())
+    if labels is not None:
+        largest = torch.maximum(largest, label_factor.abs().amax() / 2)  # it is near the sum of both directions'
     # Weights relative to the largest gradient, so that float16 holds them.
     largest = torch.where(largest > 0, largest, 1.0)
-    row_factor, col_factor = (f.mul(2.0**_WEIGHT / largest) for f in (row_factor, col_factor))
+    row_factor, col_factor, label_factor = (
+        f.mul(2.0**_WEIGHT / largest) for f in (row_factor, col_factor, label_factor)
+    )
     shift = pair_tiles._common_shift(row_log, col_log if both else None, 60.0)
     if shift is not None:
         # exp(x - lse) = exp(x - shift) * exp(shift - lse): one exponential for both directions.
@@ -209,8 +220,9 @@ def softmax_sweep_backward(
             kernels.softmax_weights_kernel,
             *(rows, cols, i, j, weights, precision, block_size),
             *(unit, row_log[i], row_factor[i], col_log[j] if both else col_log, col_factor[j] if both else col_factor),
-            shift or 0.0,
+            *(own[i], label_factor[i], j.start, shift or 0.0),
             BOTH=both,
+            LABELS=labels is not None,
             COMMON=shift is not None,
         )
         _accumulate(dq[i], dk[j], weights, rows, cols, i, j, precision)
@@ -368,9 +380,8 @@ def _launch(
     **switches: Any,
 ) -> None:
     m, n = i.stop - i.start, j.stop - j.start
-    options = _options(
-        WEIGHTS[precision], precision, min(block_size or TILE, _power_of_two(max(m, n))), rows.high.shape[1]
-    )
+    launch = (SIGMOID if kernel is kernels.sigmoid_kernel else WEIGHTS)[precision]
+    options = _options(launch, precision, min(block_size or TILE, _power_of_two(max(m, n))), rows.high.shape[1])
     grid = (triton.cdiv(m, options["ROWS"]), triton.cdiv(n, options["COLS"]))
     with _on(rows.high.device):
         kernel[grid](

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import os
 from types import ModuleType
 from typing import Any, Literal
@@ -23,9 +22,13 @@ from torch import Tensor, nn
 
 from modelwright.errors import UserError
 from modelwright.kernels import pair_tiles
+from modelwright.training.inf_cl.checks import check_features, check_labels, check_pairs, check_values, scalar
 
 Backend = Literal["auto", "torch", "triton"]
 Reduction = Literal["mean", "sum", "none"]
+
+#: Up to here, on a card, launching the kernels takes longer than a single tile of torch's.
+_FEW_PAIRS = 4096**2
 
 
 def tiled_contrastive_loss(
@@ -46,8 +49,8 @@ def tiled_contrastive_loss(
         text_embeds: (b, d); row i belongs to image i.
         logit_scale: Multiplies the products: ``model.logit_scale.exp()``. A number or a tensor of one element.
         block_size: Side of a tile; None chooses one for the device. It changes time and memory, not the result.
-        backend: ``torch`` runs anywhere, ``triton`` on CUDA and not in float64; ``auto`` is torch,
-            because the kernels have been checked in Triton's interpreter but not yet on a card.
+        backend: ``torch`` runs anywhere, ``triton`` on CUDA and not in float64; ``auto`` is triton where it
+            can and there are more than 4,096 x 4,096 pairs.
         process_group: With a group of more than one process, the loss is over the pairs of all of them: every process
             gives its own rows, equally many, and gets the mean over them. Averaged over the processes (as
             DistributedDataParallel averages the encoder's gradients) this is the loss of one process with all pairs;
@@ -63,8 +66,8 @@ def tiled_contrastive_loss(
             option is unknown.
     """
     names = ("image_embeds", "text_embeds", "logit_scale")
-    _check_features(image_embeds, text_embeds, names[:2], block_size, process_group)
-    _check_pairs(image_embeds, text_embeds)
+    check_features(image_embeds, text_embeds, names[:2], block_size, _ring(process_group) is None)
+    check_pairs(image_embeds, text_embeds)
     return _info_nce(
         image_embeds, text_embeds, logit_scale, None, names, symmetric, block_size, backend, process_group, reduction
     )
@@ -106,7 +109,7 @@ def tiled_info_nce_loss(
         UserError: As in :func:`tiled_contrastive_loss`; or labels are out of range, or missing where needed.
     """
     names = ("queries", "keys", "scale")
-    _check_features(queries, keys, names[:2], block_size, process_group)
+    check_features(queries, keys, names[:2], block_size, _ring(process_group) is None)
     if labels is None and len(keys) < len(queries):
         raise UserError(
             f"There are {len(queries)} queries but only {len(keys)} keys: give labels, the row of keys that belongs to "
@@ -148,12 +151,14 @@ def tiled_sigmoid_loss(
     """
     if reduction not in ("mean", "sum"):
         raise UserError(f"reduction={reduction!r} is not known to the sigmoid loss: use 'mean' or 'sum'.")
-    dtype = _check_features(image_embeds, text_embeds, ("image_embeds", "text_embeds"), block_size, process_group)
-    _check_pairs(image_embeds, text_embeds)
-    chosen = _resolve(backend, image_embeds.device, dtype)
-    scale = _scalar(logit_scale, "logit_scale", dtype)
-    bias = _scalar(logit_bias, "logit_bias", dtype)
-    _check_values(
+    dtype = check_features(
+        image_embeds, text_embeds, ("image_embeds", "text_embeds"), block_size, _ring(process_group) is None
+    )
+    check_pairs(image_embeds, text_embeds)
+    chosen = _resolve(backend, image_embeds.device, dtype, len(image_embeds) * len(text_embeds))
+    scale = scalar(logit_scale, "logit_scale", dtype)
+    bias = scalar(logit_bias, "logit_bias", dtype)
+    check_values(
         {"image_embeds": image_embeds, "text_embeds": text_embeds, "logit_scale": scale, "logit_bias": bias}, None, 0
     )
     with torch.autocast(image_embeds.device.type, enabled=False):
@@ -287,28 +292,40 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("The tiled losses can be differentiated once only: they have no second derivative.")
 
 
-class _LogSumExps(torch.autograd.Function):
-    """Rows' and columns' log-sum-exp of ``q @ k.T``."""
+class _Logits(torch.autograd.Function):
+    """Rows' and columns' log-sum-exp of ``q @ k.T``, and each row's own logit, that of its label.
+
+    The last is made here because its gradient nearly cancels that of the log-sum-exps: apart, each would be rounded.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, sweeps: ModuleType, options: dict[str, Any], columns: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        labels: Tensor | None,
+        sweeps: ModuleType,
+        options: dict[str, Any],
+        columns: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         row_lse, col_lse = sweeps.softmax_sweep(q, k, columns=columns, **options)
-        ctx.save_for_backward(q, k, row_lse, col_lse)
+        ctx.save_for_backward(q, k, row_lse, col_lse, labels)
         ctx.sweeps, ctx.options = sweeps, options
-        return row_lse, col_lse
+        return row_lse, col_lse, _own_logits(q, k, labels)
 
     @staticmethod
-    def backward(ctx: Any, row_grad: Tensor, col_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, row_lse, col_lse = ctx.saved_tensors
+    def backward(ctx: Any, row_grad: Tensor, col_grad: Tensor | None, own_grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, row_lse, col_lse, labels = ctx.saved_tensors
         with torch.no_grad():
             if col_lse is None:
                 col_grad = None
-            gradients = ctx.sweeps.softmax_sweep_backward(q, k, row_lse, row_grad, col_lse, col_grad, **ctx.options)
+            if labels is None:
+                labels = torch.arange(len(q), device=q.device)
+            more = {"labels": labels, "label_grad": own_grad, **ctx.options}
+            gradients = ctx.sweeps.softmax_sweep_backward(q, k, row_lse, row_grad, col_lse, col_grad, **more)
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = (_Once.apply(gradient, row_grad, q, k) for gradient in gradients)
-        return *gradients, None, None, None
+            gradients = (_Once.apply(gradient, row_grad, own_grad, q, k) for gradient in gradients)
+        return *gradients, None, None, None, None
 
 
 class _SigmoidSum(torch.autograd.Function):
@@ -345,23 +362,23 @@ def _info_nce(
 ) -> Tensor:
     if reduction not in ("mean", "sum", "none"):
         raise UserError(f"reduction={reduction!r} is not known: use 'mean', 'sum' or 'none'.")
-    dtype = _check_features(queries, keys, names[:2], block_size, group)
-    backend = _resolve(backend, queries.device, dtype)
+    dtype = check_features(queries, keys, names[:2], block_size, _ring(group) is None)
+    backend = _resolve(backend, queries.device, dtype, len(queries) * len(keys))
     if labels is not None:
-        _check_labels(labels, len(queries), queries.device)
-    scale = _scalar(scale, names[2], dtype)
-    _check_values(dict(zip(names, (queries, keys, scale))), labels, len(keys))
+        check_labels(labels, len(queries), queries.device)
+    scale = scalar(scale, names[2], dtype)
+    check_values(dict(zip(names, (queries, keys, scale))), labels, len(keys))
     with torch.autocast(queries.device.type, enabled=False):
         if (ring := _ring(group)) is not None and scale.requires_grad:
             scale = ring.average_gradient(scale, group)
         q, k = queries.to(dtype) * scale, keys.to(dtype)
         options = {"block_size": block_size, **_narrow(backend, queries, keys)}
         if ring is None:
-            rows, columns = _LogSumExps.apply(q, k, _sweeps(backend), options, symmetric)
+            rows, columns, positives = _Logits.apply(q, k, labels, _sweeps(backend), options, symmetric)
         else:
             # Keys travel in their own dtype, which may be half as wide.
             rows, columns = ring.ring_softmax(q, keys, group, backend=backend, columns=symmetric, **options)
-        positives = (q * (k[: len(q)] if labels is None else k[labels])).sum(1)
+            positives = _own_logits(q, k, labels)
         losses = rows - positives
         if symmetric:
             own = columns[: len(q)] if labels is None else columns[labels]
@@ -371,114 +388,17 @@ def _info_nce(
         return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def _check_features(
-    queries: Tensor, keys: Tensor, names: tuple[str, ...], block_size: int | None, group: Any = None
-) -> torch.dtype:
-    """Refuses what needs no look at values; returns the dtype to compute in.
-
-    That a process of a group has no rows is for the ring to say, to all of them.
-    """
-    alone = _ring(group) is None
-    for name, features in zip(names, (queries, keys)):
-        if features.ndim != 2:
-            raise UserError(f"{name} must be a matrix (rows, width), not of shape {tuple(features.shape)}.")
-        if not features.is_floating_point():
-            raise UserError(f"{name} are of dtype {features.dtype}: give floating-point features.")
-        if alone and not len(features):
-            raise UserError(f"{name} have no rows: a contrastive loss needs at least one pair.")
-    if queries.shape[1] != keys.shape[1]:
-        raise UserError(
-            f"{names[0]} are {queries.shape[1]} wide and {names[1]} {keys.shape[1]}: project both to the same width."
-        )
-    if queries.device != keys.device:
-        raise UserError(f"{names[0]} are on {queries.device} and {names[1]} on {keys.device}: move them to one device.")
-    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
-        raise UserError(f"block_size={block_size!r}: give a whole number of at least 1, or None.")
-    return torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+def _own_logits(q: Tensor, k: Tensor, labels: Tensor | None) -> Tensor:
+    """Products of each query with its own key, (m,)."""
+    own = k[: len(q)] if labels is None else k[labels]
+    return torch.bmm(q[:, None], own[:, :, None]).reshape(-1)
 
 
-def _check_pairs(images: Tensor, texts: Tensor) -> None:
-    if len(images) != len(texts):
-        raise UserError(
-            f"image_embeds have {len(images)} rows and text_embeds {len(texts)}: row i of one must belong to row i of "
-            "the other; for more texts than images use tiled_info_nce_loss."
-        )
-
-
-def _check_labels(labels: Tensor, count: int, device: torch.device) -> None:
-    if labels.dtype != torch.int64 or labels.shape != (count,) or labels.device != device:
-        raise UserError(
-            f"labels must be {count} int64 rows of keys on {device}, one for each query, not {tuple(labels.shape)} of "
-            f"{labels.dtype} on {labels.device}."
-        )
-
-
-def _scalar(value: Tensor | float, name: str, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise UserError(f"{name} must be one number, not a tensor of shape {tuple(value.shape)}.")
-        return value.reshape(()).to(dtype)
-    if not math.isfinite(value):
-        raise UserError(f"{name} is {value}: it must be a finite number.")
-    return torch.tensor(value, dtype=dtype)
-
-
-def _check_values(named: dict[str, Tensor], labels: Tensor | None, keys: int) -> None:
-    """Refuses features and scales that are not finite, and labels out of range; asks the device once.
-
-    The largest number of a matrix is not finite if one is not, and bounds every product.
-    """
-    device = next(iter(named.values())).device
-    matrices = [value for value in named.values() if value.ndim]
-    with torch.no_grad():
-        # A scale on the host needs no question to the device.
-        flags = [value.isfinite() for value in named.values() if not value.ndim and value.device == device]
-        largest = [_largest(value) for value in matrices]
-        scale = next(value for value in named.values() if not value.ndim).abs()
-        # A mean over a batch adds up that many losses, of which each may be twice the largest product.
-        bound = largest[0] * largest[1] * scale * (4.0 * matrices[0].shape[1] * max(map(len, matrices)))
-        flags.append(bound.isfinite())
-        if labels is not None:
-            flags.append(((labels >= 0) & (labels < keys)).all())
-        here = [value.isfinite() for value in named.values() if value.device != device]
-        if all(torch.stack(flags).tolist()) and all(here):
-            return
-        for name, value in named.items():
-            wrong = ~value.isfinite()
-            if not wrong.any():
-                continue
-            if not value.ndim:
-                raise UserError(f"{name} is {value.item()}: it must be a finite number.")
-            rows = wrong.any(1).nonzero().flatten()
-            raise UserError(
-                f"{name} hold NaN or infinity in {len(rows)} of {len(value)} rows, first in row {int(rows[0])}: look "
-                "for rows of length 0 that were normalised, or for an encoder that overflowed."
-            )
-        if not bound.isfinite():
-            names = [name for name, value in named.items() if value.ndim]
-            raise UserError(
-                f"{names[0]} hold numbers up to {float(largest[0]):.2g} and {names[1]} up to {float(largest[1]):.2g}, "
-                f"too large for the products' {str(largest[0].dtype).removeprefix('torch.')}: normalise them."
-            )
-        if labels is not None and len(outside := ((labels < 0) | (labels >= keys)).nonzero()):
-            i = int(outside[0])
-            raise UserError(
-                f"labels[{i}] is {int(labels[i])}, but there are {keys} keys: give rows from 0 to {keys - 1}."
-            )
-
-
-def _largest(rows: Tensor) -> Tensor:
-    """The largest number without its sign; not finite if one is not."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    if not rows.numel():
-        return rows.new_zeros((), dtype=dtype)
-    return torch.linalg.vector_norm(rows, ord=math.inf, dtype=dtype)
-
-
-def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def _resolve(backend: str, device: torch.device, dtype: torch.dtype, pairs: int) -> str:
     installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        return "torch"  # until the kernels have been run and timed on a card
+        large = pairs > _FEW_PAIRS
+        return "triton" if large and installed and device.type == "cuda" and dtype == torch.float32 else "torch"
     if backend == "triton":
         if not installed:
             raise UserError("backend='triton' needs the package 'triton', which is not installed: use backend='torch'.")
