@@ -74,6 +74,10 @@ class LocateAndEdit(Editor):
             raise UserError(f"kl_prompt is {self.kl_prompt!r}: put {{}} where the subject stands.")
         self._optimisation()
 
+    def layers_of(self, depth: int) -> list[int]:
+        """Returns the layers that are edited in a model of so many."""
+        raise NotImplementedError
+
     def _optimisation(self) -> Optimisation:
         names = [f.name for f in dataclasses.fields(Optimisation) if f.name in self.__dataclass_fields__]
         return Optimisation(**{name: getattr(self, name) for name in names})

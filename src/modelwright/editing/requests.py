@@ -140,7 +140,9 @@ def _texts(value: Any) -> tuple[str, ...]:
     return texts
 
 
-def read_requests(sources: str | Path | Sequence[str | Path], *, limit: int | None = None) -> list[EditRequest]:
+def read_requests(
+    sources: str | Path | Sequence[str | Path], *, limit: int | None = None, known: bool = False
+) -> list[EditRequest]:
     """Reads requests from JSONL, JSON, CSV or Parquet files.
 
     The fields are those of :class:`EditRequest`; rows of CounterFact, ZsRE, known_1000 and HalluEditBench are read as
@@ -149,6 +151,8 @@ def read_requests(sources: str | Path | Sequence[str | Path], *, limit: int | No
     Args:
         sources: One file or several.
         limit: At most this many, in the files' order.
+        known: Read facts as they are today (known_1000 has no others): the answer stands in ``old_answer``, and where
+            a row names no target, a placeholder does.
 
     Raises:
         UserError: A row is no request (named by file and line), two requests contradict each other, or there is none.
@@ -159,7 +163,7 @@ def read_requests(sources: str | Path | Sequence[str | Path], *, limit: int | No
         if limit is not None and len(found) >= limit:
             break
         try:
-            found.append(EditRequest.from_dict(row))
+            found.append(EditRequest.from_dict(_with_target(row) if known else row))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         places.append(where)
@@ -167,6 +171,10 @@ def read_requests(sources: str | Path | Sequence[str | Path], *, limit: int | No
         raise UserError(f"There are no requests in {sources}: give at least one.")
     check_requests(found, places)
     return found
+
+
+def _with_target(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return row if _first(row, _FIELDS["target"]) is not None else {**row, "target": "?"}
 
 
 def _rows(sources: str | Path | Sequence[str | Path]) -> Iterable[tuple[dict[str, Any], str]]:

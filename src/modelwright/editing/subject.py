@@ -92,6 +92,24 @@ def locate(
     return Located(leading + ids, len(leading) + position)
 
 
+def subject_span(tokenizer: PreTrainedTokenizerBase, text: str, subject: str) -> tuple[list[int], int, int]:
+    """Returns a prompt's tokens, and the first and the last that hold a part of the subject's last occurrence.
+
+    Raises:
+        UserError: See :func:`locate`.
+    """
+    found = locate(tokenizer, text, subject)
+    leading = _leading(tokenizer, text)
+    start = text.rfind(subject)
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        first = next((i for i, (a, b) in enumerate(offsets) if a <= start < b), found.position - len(leading))
+    else:
+        before = _plain(tokenizer, text[:start])
+        first = min(len(before), found.position - len(leading))
+    return found.ids, len(leading) + first, found.position
+
+
 def _leading(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     leading = leading_ids(tokenizer)
     begins = [t for t in (tokenizer.bos_token, tokenizer.cls_token) if t]

@@ -48,6 +48,14 @@ class MEMIT(LocateAndEdit):
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
             raise UserError(f"layers is {self.layers}: give different layers from the lowest up, such as 4,5,6,7,8.")
 
+    def layers_of(self, depth: int) -> list[int]:
+        """See :meth:`LocateAndEdit.layers_of`."""
+        if self.layers is not None:
+            return list(self.layers)
+        # What the last layer of all gives at the subject, no other reads.
+        highest = max(0, min(layer_for(depth, 8), depth - 2))
+        return list(range(min(layer_for(depth, 4), highest), highest + 1))
+
     def _fit(
         self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
     ) -> WeightEdit:
@@ -72,10 +80,7 @@ class MEMIT(LocateAndEdit):
     def _prepare(
         self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
     ) -> _Prepared:
-        depth = len(roles(model).layers)
-        # What the last layer of all gives at the subject, no other reads.
-        highest = max(0, min(layer_for(depth, 8), depth - 2))
-        layers = self.layers or range(min(layer_for(depth, 4), highest), highest + 1)
+        layers = self.layers_of(len(roles(model).layers))
         parts, downs, names = down_projections(model, layers)
         statistics = self._covariance(model, layers)
         if statistics is None:

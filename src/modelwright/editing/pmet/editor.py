@@ -51,6 +51,14 @@ class PMET(LocateAndEdit):
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
             raise UserError(f"layers is {self.layers}: give different layers from the lowest up, such as 4,5,6,7,8.")
 
+    def layers_of(self, depth: int) -> list[int]:
+        """See :meth:`LocateAndEdit.layers_of`."""
+        if self.layers is not None:
+            return list(self.layers)
+        # What the last layer of all gives at the subject, no other reads.
+        highest = max(0, min(layer_for(depth, 8), depth - 2))
+        return list(range(min(layer_for(depth, 4), highest), highest + 1))
+
     def _optimisation(self) -> Optimisation:
         return dataclasses.replace(super()._optimisation(), settled_nll_factor=0.1, settled_kl=0.01)
 
@@ -78,10 +86,7 @@ class PMET(LocateAndEdit):
     def _prepare(
         self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
     ) -> _Prepared:
-        depth = len(roles(model).layers)
-        # What the last layer of all gives at the subject, no other reads.
-        highest = max(0, min(layer_for(depth, 8), depth - 2))
-        layers = self.layers or range(min(layer_for(depth, 4), highest), highest + 1)
+        layers = self.layers_of(len(roles(model).layers))
         parts, downs, names = down_projections(model, layers)
         statistics = self._covariance(model, layers)
         if statistics is None:

@@ -48,6 +48,10 @@ class ROME(LocateAndEdit):
         if self.key not in ("single", "mean"):
             raise UserError(f"key is {self.key!r}: give single or mean.")
 
+    def layers_of(self, depth: int) -> list[int]:
+        """See :meth:`LocateAndEdit.layers_of`."""
+        return [layer_for(depth, 5) if self.layer is None else self.layer]
+
     def _fit(
         self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
     ) -> WeightEdit:
@@ -76,8 +80,7 @@ class ROME(LocateAndEdit):
         return edits
 
     def _solve(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None) -> _Solved:
-        depth = len(roles(model).layers)
-        layer = layer_for(depth, 5) if self.layer is None else self.layer
+        (layer,) = self.layers_of(len(roles(model).layers))
         parts, (down,), (name,) = down_projections(model, [layer])
         statistics = self._covariance(model, [layer])
         contexts = self._contexts(model, tokenizer)

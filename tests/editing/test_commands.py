@@ -1,0 +1,156 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from editing.small_facts import HOMES, SUBJECTS, TOKENIZER, requests, texts, trained
+from modelwright.editing import KeyStatistics, load_edit
+from modelwright.editing.edit import base_fingerprint
+from modelwright.editing.fingerprint import model_fingerprint
+from modelwright.errors import UserError
+from modelwright.models.loading import load_model, load_tokenizer, save_model
+from modelwright.progress import Silent
+from modelwright.verbs.edit import EditApply, EditModel, EditRevert
+from modelwright.verbs.edit_look import EditStatistics, EditTrace
+
+OPTIONS = {"layers": [0, 1], "fact_token": "last", "ridge": 0.01, "weight": 1.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edit")
+    save_model(trained(), TOKENIZER, folder / "model")
+    with (folder / "edits.jsonl").open("w") as file:
+        file.writelines(json.dumps(request.to_dict()) + "\n" for request in requests())
+    with (folder / "known.jsonl").open("w") as file:
+        for s, h in zip(SUBJECTS, HOMES):
+            file.write(json.dumps({"prompt": f"{s} lives in", "subject": s, "attribute": h}) + "\n")
+    with (folder / "text.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts())
+    run(
+        EditStatistics, model=str(folder / "model"), data=[str(folder / "text.jsonl")], layers=[0, 1],
+        output=folder / "keys.safetensors", tokens=2000,
+    )  # fmt: skip
+    return folder
+
+
+def run(verb, **options):
+    return verb(**options).run(Silent())
+
+
+def edit(folder, output, **others):
+    return run(
+        EditModel, model=str(folder / "model"), method="memit", requests=[str(folder / "edits.jsonl")], output=output,
+        statistics=str(folder / "keys.safetensors"), **{"set": OPTIONS, **others},
+    )  # fmt: skip
+
+
+def same(one, other):
+    one, other = (load_file(path / "model.safetensors") for path in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_an_edited_checkpoint_is_an_ordinary_one_and_comes_back_to_the_last_bit(folder, tmp_path):
+    result = edit(folder, tmp_path / "edited")
+    assert result["says_target_before"] == 0
+    assert result["says_target_after"] >= 7
+    model, tokenizer = load_model(tmp_path / "edited"), load_tokenizer(tmp_path / "edited")
+    from modelwright.editing.checkpoint import says_target
+
+    assert sum(says_target(model, tokenizer, requests())) == result["says_target_after"]
+    # Statistics of the model below the edits still fit.
+    KeyStatistics.load(folder / "keys.safetensors").check(model, [0, 1])
+    assert base_fingerprint(model) == model_fingerprint(load_model(folder / "model"))
+    assert not same(folder / "model", tmp_path / "edited")
+    back = run(EditRevert, model=str(tmp_path / "edited"), output=tmp_path / "back")
+    assert back == {"output": str(tmp_path / "back"), "taken_off": 1, "left": 0}
+    assert same(folder / "model", tmp_path / "back")
+    assert "modelwright_base" not in (tmp_path / "back" / "config.json").read_text()
+    with pytest.raises(UserError, match="has no edits to take off"):
+        run(EditRevert, model=str(tmp_path / "back"), output=tmp_path / "more")
+
+
+def test_a_delta_is_put_on_once_and_on_its_own_model(folder, tmp_path):
+    edit(folder, tmp_path / "delta", as_delta=True)
+    assert sum(f.stat().st_size for f in (tmp_path / "delta").iterdir()) < 60_000
+    put = run(EditApply, model=str(folder / "model"), edit=[str(tmp_path / "delta")], output=tmp_path / "edited")
+    assert put["requests"] == 8
+    edit(folder, tmp_path / "direct")
+    assert same(tmp_path / "direct", tmp_path / "edited")
+    with pytest.raises(UserError, match="holds this edit already"):
+        run(EditApply, model=str(tmp_path / "edited"), edit=[str(tmp_path / "delta")], output=tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+    loaded = load_edit(tmp_path / "delta")
+    with loaded.applied(load_model(folder / "model")):
+        pass
+
+
+def test_edits_on_edits_come_off_one_by_one_or_all(folder, tmp_path):
+    edit(folder, tmp_path / "one", limit=3)
+    run(
+        EditModel, model=str(tmp_path / "one"), method="rome", requests=[str(folder / "edits.jsonl")], limit=1,
+        output=tmp_path / "two", set={"layer": 0, "fact_token": "last"}, statistics=None,
+    )  # fmt: skip
+    assert sorted(f.name for f in (tmp_path / "two" / "modelwright_edits").iterdir()) == ["0001", "0002"]
+    run(EditRevert, model=str(tmp_path / "two"), output=tmp_path / "back to one")
+    assert same(tmp_path / "one", tmp_path / "back to one")
+    assert run(EditRevert, model=str(tmp_path / "two"), output=tmp_path / "none", all=True)["taken_off"] == 2
+    assert same(folder / "model", tmp_path / "none")
+
+
+def test_a_checkpoint_that_was_changed_afterwards_is_not_reverted(folder, tmp_path):
+    edit(folder, tmp_path / "edited")
+    model = load_model(tmp_path / "edited")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "edited")
+    with pytest.raises(UserError, match="changed afterwards"):
+        run(EditRevert, model=str(tmp_path / "edited"), output=tmp_path / "back")
+
+
+def test_edits_that_change_no_weights_need_a_delta(folder, tmp_path):
+    options = {"model": str(folder / "model"), "method": "ice", "requests": [str(folder / "edits.jsonl")]}
+    with pytest.raises(UserError, match="give --as-delta"):
+        run(EditModel, **options, output=tmp_path / "ice")
+    run(EditModel, **options, output=tmp_path / "ice", as_delta=True)
+    assert load_edit(tmp_path / "ice").method == "ice"
+    with pytest.raises(UserError, match="changes no weights"):
+        run(EditApply, model=str(folder / "model"), edit=[str(tmp_path / "ice")], output=tmp_path / "m")
+
+
+def test_tracing(folder, tmp_path, capsys):
+    verb = EditTrace(
+        model=str(folder / "model"), requests=[str(folder / "known.jsonl")], output=tmp_path / "t.json", samples=2
+    )
+    result = verb.run(Silent())
+    assert result["facts"] == 8
+    verb.show(result)
+    assert f"--set layer={result['recommended']['layer']}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "t.json").read_text())["effects"]["mlp"]
+
+
+def test_statistics_are_checked_before_the_work(folder, tmp_path):
+    base = {"model": str(folder / "model"), "data": [str(folder / "text.jsonl")], "output": tmp_path / "k.safetensors"}
+    with pytest.raises(UserError, match="needs no key statistics"):
+        run(EditStatistics, **base, method="ice")
+    result = run(EditStatistics, **base, method="rome", tokens=100)
+    assert (result["tokens"], result["layers"]) == (100, [0])
+    assert [f.name for f in tmp_path.iterdir()] == ["k.safetensors"]
+    with pytest.raises(UserError, match="exists already"):
+        run(EditStatistics, **base)
+
+
+def test_on_the_command_line_bad_input_is_a_sentence(folder, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "x", "subject": "Rome", "target": "y"}\n')
+    command = [sys.executable, "-m", "modelwright", "edit", "--model", str(folder / "model"), "--output"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "o"), "--method", "rome", "--requests", str(bad)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "bad.jsonl:1: The subject 'Rome' does not stand" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o").exists()
