@@ -120,6 +120,10 @@ def test_a_token_of_weight_zero_is_never_drawn():
     assert [draw(weights, lambda point=point: point) for point in points] == tokens
     several = draw_rows(weights.expand(4, 5), torch.tensor(points, dtype=torch.float64))
     assert several.tolist() == tokens
+    # The largest number that is ever drawn stays below every total.
+    totals = torch.cat([torch.linspace(0.01, 4, 4001, dtype=torch.float64), 2.0 ** torch.arange(-60, 9).double()])
+    many = totals[:, None] * torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    assert (draw_rows(many, torch.full_like(totals, 1 - 2**-53)) == 1).all()
     assert draw_rows(torch.tensor([[1.0, 0], [0, 1]]).double(), torch.tensor([0.9, 0.1]).double()).tolist() == [0, 1]
 
 

@@ -48,10 +48,8 @@ def draw_rows(weights: Tensor, points: Tensor) -> Tensor:
         Indices ``(rows,)`` int64; V where weights are not numbers.
     """
     sums = weights.cumsum(-1)
-    total = sums[:, -1:]
-    # Rounding may put a point on the total itself, behind the last weight.
-    points = torch.minimum(points[:, None] * total, total * (1 - 2**-52))
-    return torch.searchsorted(sums, points, right=True)[:, 0]
+    # A number of 53 bits below 1, times the total, is rounded to what is below the total.
+    return torch.searchsorted(sums, points[:, None] * sums[:, -1:], right=True)[:, 0]
 
 
 def draw(weights: Tensor, uniform: Uniform) -> int:
@@ -61,8 +59,7 @@ def draw(weights: Tensor, uniform: Uniform) -> int:
         UserError: A weight is not a number.
     """
     sums = weights.cumsum(0)
-    total = sums[-1:]
-    index = int(torch.searchsorted(sums, torch.minimum(uniform() * total, total * (1 - 2**-52)), right=True))
+    index = int(torch.searchsorted(sums, uniform() * sums[-1:], right=True))
     if index >= len(weights):
         raise UserError("The model's scores of the next token are not numbers: try another dtype.")
     return index
