@@ -128,8 +128,9 @@ def _range(layers: list[int]) -> str:
 def fingerprint(model: PreTrainedModel) -> str:
     """Returns what tells a model from others: SHA-256 (hex) over its shapes and a sample of its weights.
 
-    Of each weight up to 16 numbers are read, rounded to bfloat16, so that loading in another dtype or on another
-    device changes nothing. Any training does.
+    Of each weight up to 16 numbers are read, rounded to bfloat16, so that a model is the same in float32 and bfloat16
+    and on every device. (In float16 it may count as another, if its checkpoint is float32: rounding twice differs.)
+    Any training changes it, and so does quantization.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(unwrap(model).named_parameters()):

@@ -51,6 +51,8 @@ class HeadsDetect:
         import dataclasses
         import json
 
+        import torch
+
         from modelwright.data.records import Records
         from modelwright.decoding.decore.detection import Needle, RetrievalHeadScorer
         from modelwright.errors import UserError
@@ -101,6 +103,10 @@ class HeadsDetect:
                     samples.append(sample)
                     kept += sample.recall > self.least_recall
                     progress.advance(1, f"{kept} of {len(samples)} answers right")
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"Memory is full at a prompt of {len(probe.ids)} tokens: use a smaller --max-length or --dtype bfloat16."
+            ) from error
         except (UserError, OSError):
             if not samples:
                 partial.unlink(missing_ok=True)

@@ -95,6 +95,22 @@ def test_padding_changes_nothing(family):
         assert torch.equal(alone[0, -LENGTH:], together[row, -LENGTH:])
 
 
+def test_bfloat16():
+    """Scores are contrasted in float32, so that strength 0 changes no token there either."""
+    model = make().to(torch.bfloat16)
+    plain = model.generate(**INPUTS, max_new_tokens=4, do_sample=False)
+    keys = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    out = generate(model, DeCoReConfig(HEADS, alpha=0.0), **keys)
+    assert torch.equal(out.sequences, plain)
+    out = generate(model, DeCoReConfig(HEADS, alpha="entropy"), **keys)
+    assert out.logits[0].dtype == torch.float32
+    assert decore_generate(DeCoReConfig(HEADS)).next_token_log_probs(model, **_ids()).dtype == torch.float32
+
+
+def _ids():
+    return {"input_ids": INPUTS["input_ids"], "attention_mask": INPUTS["attention_mask"]}
+
+
 def test_a_prompt_of_one_token():
     model = make()
     ids = INPUTS["input_ids"][:, -1:]

@@ -31,7 +31,7 @@ def test_each_step_is_the_definition(norm):
         best = (-1.0, None, None)
         for layer in (0, 1, 3):
             hidden = whole.hidden_states[layer][0, at]
-            q = model.lm_head(model.model.norm(hidden) if norm else hidden).softmax(-1)
+            q = model.lm_head(model.model.norm(hidden) if norm else hidden).softmax(-1).detach()
             m = (p + q) / 2
             js = float(0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum())
             best = max(best, (js, layer, q), key=lambda item: item[0])
