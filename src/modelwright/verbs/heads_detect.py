@@ -105,7 +105,7 @@ class HeadsDetect:
                     progress.advance(1, f"{kept} of {len(samples)} answers right")
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"Memory is full at a prompt of {len(probe.ids)} tokens: use a smaller --max-length or --dtype bfloat16."
+                f"Memory is full at a prompt of {len(probe.ids)} tokens: use a smaller --max-length, or bfloat16."
             ) from error
         except (UserError, OSError):
             if not samples:
