@@ -26,10 +26,12 @@ def contrast(base: Tensor, other: Tensor, alpha: float | Tensor) -> Tensor:
         other: Logits to be pushed away from, of the same shape.
         alpha: Strength: a number, or ``(…)``.
     """
-    if isinstance(alpha, Tensor):
-        return base + alpha[..., None] * (base - other)
-    # With strength 0 nothing of the other law may come through, not even a rounding or an infinity.
-    return base + alpha * (base - other) if alpha else base
+    # With strength 0 nothing of the other law may come through, not even a rounding.
+    if not isinstance(alpha, Tensor) and not alpha:
+        return base
+    strength = alpha[..., None] if isinstance(alpha, Tensor) else alpha
+    # What the model rules out stays ruled out: the difference of two infinities is no number.
+    return (base + strength * (base - other)).masked_fill(base == -math.inf, -math.inf)
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -49,6 +49,19 @@ class Prompt:
         """How many tokens the cache holds already."""
         return int(self.cache.get_seq_length()) if self.cache is not None else 0
 
+    def beside(self, model: PreTrainedModel) -> Prompt:
+        """Returns the same prompt for another model: on its device, with a cache of its own if there was one."""
+        from transformers import DynamicCache
+
+        device = model.device
+        return Prompt(
+            self.ids.to(device),
+            None if self.mask is None else self.mask.to(device),
+            None if self.positions is None else self.positions.to(device),
+            None if self.cache is None else DynamicCache(config=model.config),
+            self.room,
+        )
+
 
 class Stream:
     """A model that reads on, with its cache, or without one from the beginning each time.

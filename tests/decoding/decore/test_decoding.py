@@ -294,6 +294,14 @@ def test_raw_logits_and_log_probabilities_contrast_alike(seed, alpha):
     assert torch.equal(kept, base.softmax(-1) >= 0.1 * base.softmax(-1).max())
 
 
+def test_tokens_that_the_model_rules_out_stay_ruled_out():
+    base, twin = torch.tensor([1.0, -math.inf, 2.0]), torch.tensor([0.5, -math.inf, 1.0])
+    for alpha in (0.0, 1.0, torch.tensor(1.0)):
+        found = contrast(base, twin, alpha)
+        assert found[1] == -math.inf
+        assert torch.isfinite(found[[0, 2]]).all()
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -7,7 +7,7 @@ first paper's own score is the limit of a large beta. With ``alpha=None`` it is 
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import torch
@@ -69,10 +69,7 @@ class ContrastiveDecoding(Decoding):
 
     def scores(self, model: PreTrainedModel, prompt: Prompt) -> Generator[Tensor, Tensor, None]:
         """See :class:`~modelwright.decoding.loop.Decoding`."""
-        from transformers import DynamicCache
-
-        cache = None if prompt.cache is None else DynamicCache(config=self.amateur.config)
-        stream, other = Stream(model, prompt), Stream(self.amateur, replace(prompt, cache=cache))
+        stream, other = Stream(model, prompt), Stream(self.amateur, prompt.beside(self.amateur))
         ids, theirs = prompt.ids[:, prompt.known :], prompt.ids.to(self.amateur.device)
         while True:
             tokens = yield self.combine(stream.logits(ids), other.logits(theirs))

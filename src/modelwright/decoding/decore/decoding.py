@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -204,12 +204,10 @@ class DeCoRe(Decoding):
                     ids = tokens.repeat_interleave(2)[:, None]
             finally:
                 if prompt.cache is not None:  # the caller's: it gets the model's own rows
-                    prompt.cache.batch_select_indices(torch.arange(0, 2 * rows, 2, device=ids.device))
+                    prompt.cache.batch_select_indices(torch.arange(0, 2 * rows, 2))
 
     def _streams(self, model: PreTrainedModel, prompt: Prompt) -> Generator[Tensor, Tensor, None]:
         """The model and the twin, or an amateur, read one after the other, each with a cache of its own."""
-        from transformers import DynamicCache
-
         owner = model if self.config.amateur is None else self.config.amateur
         stream = Stream(model, prompt)
         with self.config.ablate(owner) as twin:
@@ -218,8 +216,7 @@ class DeCoRe(Decoding):
                 other, other_begin = copy.copy(stream), begin
                 other.cache = copy.deepcopy(stream.cache)
             else:
-                cache = None if prompt.cache is None else DynamicCache(config=owner.config)
-                own = replace(prompt, cache=cache)
+                own = prompt.beside(owner)
                 other = Stream(owner, own)
                 other_begin = self._prefill(other, twin, own)
             ids, other_ids = prompt.ids[:, begin:], prompt.ids[:, other_begin:].to(owner.device)
