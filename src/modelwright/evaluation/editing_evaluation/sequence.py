@@ -1,0 +1,288 @@
+"""Editing one fact after another without putting the model back, and looking at it on the way (arXiv 2410.18785)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modelwright.editing.edit import Edit, WeightEdit, load_edit
+from modelwright.editing.editor import Editor
+from modelwright.editing.fingerprint import model_fingerprint
+from modelwright.editing.requests import EditRequest, check_requests
+from modelwright.errors import UserError
+from modelwright.evaluation.asking import Layout, answers, layout_for
+from modelwright.evaluation.editing_evaluation.neutral import Neutral
+from modelwright.evaluation.editors import describe
+from modelwright.evaluation.matching import match
+from modelwright.files import read_json, write_json
+from modelwright.models.roles import unwrap
+from modelwright.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: The paper's checkpoints.
+CHECKPOINTS = (1, 5, 10, 20, 50, 100, 500, 1000)
+#: Neutral text that is this many times as perplexing as before means collapse; so does this share of repeated words.
+COLLAPSE_PERPLEXITY, COLLAPSE_REPEATED = 10.0, 0.5
+
+
+@dataclass
+class State:
+    """The model after some edits.
+
+    Attributes:
+        n: Requests written so far.
+        model: The model with the edits on it; whatever is measured is measured on it.
+        edits: The edits, lowest first.
+        requests: The requests written so far.
+        delta_norms: Parameter to ||W − W0|| / ||W0||, Frobenius.
+        measured: What was recorded; starts with what the run itself measures.
+    """
+
+    n: int
+    model: PreTrainedModel
+    edits: list[Edit]
+    requests: list[EditRequest]
+    delta_norms: dict[str, float]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def record(self, **values: Any) -> None:
+        """Keeps measurements (JSON-able) with this state."""
+        self.measured.update(values)
+
+    def prompt(self, text: str) -> str:
+        """Returns what to ask instead of a prompt, for edits that live in it."""
+        for edit in self.active:
+            text = edit.prompt(text)
+        return text
+
+    @property
+    def active(self) -> list[Edit]:
+        """The edits whose prompts count: a memory that grew holds those before it."""
+        return self.edits
+
+
+@dataclass(kw_only=True)
+class SequentialEditing:
+    """Writes requests in their order and stops at checkpoints; iterate it for the states.
+
+    With a ``folder``, each edit is saved as it is made: the same call after a kill puts them on again, in their order,
+    and goes on with the same bits as if it had not been killed. States that were measured are not yielded again; all are
+    in ``states``. Key statistics inside an editor stay those of the base model, as in the paper's runs.
+
+    Attributes:
+        model: A causal language model in evaluation mode; :meth:`restore` gives it its first bits again.
+        tokenizer: Its tokenizer.
+        editor: The method.
+        requests: What to write, in this order.
+        checkpoints: Numbers of requests after which to stop and measure; 0 is the model as it is.
+        batch_size: Requests that one fit writes. A batch is another algorithm than that many fits, for methods that
+            solve for all facts at once (MEMIT, PMET).
+        neutral: Texts that no edit should change.
+        layout: How questions are asked for the retention.
+        folder: Where to keep edits and measurements.
+        max_delta_norm: Stop when a layer has changed by more than this share of its norm.
+        stop_on_collapse: Stop when the model has collapsed; see :func:`collapsed`.
+        force: Throw away a folder of another run.
+        progress: Counts edits.
+        states: Measurements of the states so far.
+        stopped: Why it stopped early, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    editor: Editor
+    requests: Sequence[EditRequest]
+    checkpoints: Sequence[int] = CHECKPOINTS
+    batch_size: int = 1
+    neutral: Sequence[str] = ()
+    layout: Layout | None = None
+    folder: Path | None = None
+    max_delta_norm: float | None = None
+    stop_on_collapse: bool = False
+    force: bool = False
+    progress: Progress | None = None
+    states: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str | None = None
+
+    def __post_init__(self) -> None:
+        points = list(self.checkpoints)
+        if not points or points != sorted(set(points)) or points[0] < 0:
+            raise UserError(f"The checkpoints are {points}: give numbers of edits in increasing order, each once.")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {self.batch_size}.")
+        if self.max_delta_norm is not None and self.max_delta_norm <= 0:
+            raise UserError("max_delta_norm must be above 0.")
+        check_requests(list(self.requests))
+        if points[-1] > len(self.requests):
+            raise UserError(f"The last checkpoint is {points[-1]}, but there are only {len(self.requests)} requests.")
+        if uneven := [n for n in points if n % self.batch_size]:
+            raise UserError(f"Checkpoint {uneven[0]} is no multiple of the batch of {self.batch_size} requests.")
+        self._edits: list[Edit] = []
+        self._originals: dict[str, torch.Tensor] = {}
+        self._layout = self.layout or layout_for(self.tokenizer)
+
+    def __iter__(self) -> Iterator[State]:
+        """Yields the states. A state is closed, and its measurements are kept, when the next one is asked for."""
+        if self._edits:
+            raise UserError("This sequence is on the model already: call restore() before going through it again.")
+        progress = self.progress or Silent()
+        progress.start(f"{self.editor.name}: edits", self.checkpoints[-1])
+        self.states, self.stopped = [], None
+        done = self._reopen()
+        neutral = Neutral(self.model, self.tokenizer, self.neutral)
+        for number in range(done):
+            self._put_on(load_edit(self._edit_folder(number)))
+        progress.advance(done * self.batch_size)
+        measured = {state["n"]: state for state in self.states}
+        self.states = []
+        for n in self.checkpoints:
+            while len(self._edits) * self.batch_size < n:
+                at = len(self._edits) * self.batch_size
+                edit = self.editor.fit(self.model, self.tokenizer, self.requests[at : at + self.batch_size])
+                if self.folder is not None:
+                    edit.save(self._edit_folder(len(self._edits)), force=True)
+                self._put_on(edit)
+                progress.advance(self.batch_size)
+            if n in measured:
+                self.states.append(measured[n])
+            else:
+                state = self._state(n, neutral)
+                yield state
+                self.states.append({"n": n, "delta_norms": state.delta_norms, **state.measured})
+                self._keep()
+            if (self.stopped := self._reason(self.states[-1])) is not None:
+                progress.message(f"{self.editor.name}: stopped after {n} edits: {self.stopped}.")
+                return
+
+    def restore(self) -> None:
+        """Takes the edits off, the last one first: the model has its first bits."""
+        while self._edits:
+            self._edits.pop().revert_(self.model)
+        self._originals = {}
+
+    def run(self, abilities: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Goes through all states, measures, restores the model, and returns the measurements.
+
+        Args:
+            abilities: Name to ``measure(state) -> dict``.
+        """
+        try:
+            for state in self:
+                for name, measure in (abilities or {}).items():
+                    state.record(**{name: measure(state)})
+        finally:
+            self.restore()
+        return self.states
+
+    def to_pandas(self) -> Any:
+        """Returns the measurements as a table, a row a state."""
+        import pandas
+
+        return pandas.json_normalize(self.states)
+
+    def save(self, folder: str | Path, force: bool = False) -> None:
+        """Saves the states' measurements as ``states.json`` in a folder."""
+        write_json(Path(folder) / "states.json", {"plan": self._plan(), "states": self.states}, force)
+
+    def _put_on(self, edit: Edit) -> None:
+        if isinstance(edit, WeightEdit):
+            parameters = dict(unwrap(self.model).named_parameters())
+            for name in edit.deltas:
+                self._originals.setdefault(name, parameters[name].detach().clone())
+        edit.apply_(self.model)
+        self._edits.append(edit)
+
+    def _state(self, n: int, neutral: Neutral) -> State:
+        parameters = dict(unwrap(self.model).named_parameters())
+        norms = {
+            name: float((parameters[name].detach().float() - old.float()).norm() / old.float().norm())
+            for name, old in self._originals.items()
+        }
+        state = State(n, self.model, list(self._edits), list(self.requests[:n]), norms)
+        state.record(**neutral.measure(self.model, state.prompt), retention=self._retention(state))
+        state.record(max_delta_norm=max(norms.values(), default=0.0))
+        state.record(collapsed=collapsed(state.measured, neutral.base))
+        return state
+
+    def _retention(self, state: State) -> dict[str, float | None]:
+        """Share of the facts written so far that the model still answers: the last batch's, and all."""
+        if not state.requests:
+            return {"last": None, "all": None}
+        prompts = [state.prompt(request.text) for request in state.requests]
+        longest = max(len(self.tokenizer(r.target, add_special_tokens=False)["input_ids"]) for r in state.requests)
+        said = answers(self.model, self.tokenizer, prompts, self._layout, new_tokens=longest + 2)
+        right = [match(answer, r.target) for answer, r in zip(said, state.requests, strict=True)]
+        last = right[-self.batch_size :]
+        return {"last": sum(last) / len(last), "all": sum(right) / len(right)}
+
+    def _reason(self, state: Mapping[str, Any]) -> str | None:
+        if self.stop_on_collapse and state.get("collapsed"):
+            return "the model has collapsed"
+        if self.max_delta_norm is not None and state["max_delta_norm"] > self.max_delta_norm:
+            return f"a layer has changed by {state['max_delta_norm']:.2f} of its norm"
+        return None
+
+    def _plan(self) -> dict[str, Any]:
+        rows = json.dumps([request.to_dict() for request in self.requests])
+        return {
+            "editor": describe(self.editor),
+            "requests": hashlib.sha256(rows.encode()).hexdigest()[:16],
+            "batch_size": self.batch_size,
+            "checkpoints": list(self.checkpoints),
+            "neutral": hashlib.sha256("\0".join(self.neutral).encode()).hexdigest()[:16],
+            "layout": asdict(self._layout),
+        }
+
+    def _edit_folder(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / "edits" / f"{number:05d}"
+
+    def _reopen(self) -> int:
+        """Reads what an earlier run left; returns how many edits there are."""
+        if self.folder is None:
+            return 0
+        plan = {**self._plan(), "model": model_fingerprint(self.model)}
+        file = self.folder / "sequence.json"
+        if file.exists():
+            kept = read_json(file)
+            if kept["plan"] == plan:
+                self.states = kept["states"]
+                done = 0
+                while done * self.batch_size < self.checkpoints[-1] and self._edit_folder(done).is_dir():
+                    done += 1
+                self._plan_kept = plan
+                return done
+            if not self.force:
+                raise UserError(
+                    f"{self.folder} holds another sequence (another model, editor, requests or checkpoints): choose "
+                    f"another folder, or give --force to throw it away."
+                )
+            shutil.rmtree(self.folder / "edits", ignore_errors=True)
+        self._plan_kept = plan
+        self._keep()
+        return 0
+
+    def _keep(self) -> None:
+        if self.folder is not None:
+            write_json(self.folder / "sequence.json", {"plan": self._plan_kept, "states": self.states})
+
+
+def collapsed(measured: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Returns whether a model has collapsed: neutral text is 10 times as perplexing, or its own text repeats itself.
+
+    Repetition counts only if the model did not repeat itself before.
+    """
+    perplexity, before = measured.get("perplexity"), base.get("perplexity")
+    worse = before is not None and (perplexity is None or perplexity > COLLAPSE_PERPLEXITY * before)
+    repeated, was = measured.get("repeated"), base.get("repeated")
+    looping = repeated is not None and repeated > COLLAPSE_REPEATED and (was or 0.0) <= COLLAPSE_REPEATED
+    return worse or looping
