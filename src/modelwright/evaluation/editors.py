@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from modelwright import catalog
 from modelwright.editing.editor import Editor, make_editor
+from modelwright.editing.requests import EditRequest
 from modelwright.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from modelwright.evaluation.asking import Layout
 
 #: What ``all`` stands for: the seven of the benchmark's paper.
 SEVEN = ("ft-l", "ft-m", "lora", "rome", "memit", "ice", "grace")
@@ -36,9 +36,32 @@ def describe(editor: Editor) -> str:
     return f"{editor.name}({', '.join(parts)})"
 
 
-def needs_statistics(editor: Editor) -> bool:
-    """Whether an editor takes key statistics and has none yet."""
-    return hasattr(editor, "stats") and editor.stats is None and getattr(editor, "covariance", True) is not False
+def laid_out(requests: Sequence[EditRequest], editor: Editor, layout: Layout) -> list[EditRequest]:
+    """Returns requests whose prompts are as they will be asked: a question gets the layout's frame, a cloze stays.
+
+    An editor that writes into the prompt gets them as they are.
+    """
+    if writes_prompt(editor):
+        return list(requests)
+    return [
+        dataclasses.replace(r, prompt=layout.edit_prompt(r.prompt)) if r.text.rstrip().endswith("?") else r
+        for r in requests
+    ]
+
+
+def with_statistics(editors: Mapping[str, Editor], path: Path | None) -> None:
+    """Gives key statistics from a file to the editors that take them.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if path is None:
+        return
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: collect the model's key statistics first, with `edit statistics`.")
+    for editor in editors.values():
+        if hasattr(editor, "statistics"):
+            editor.statistics = str(path)
 
 
 def editors_by_name(names: Sequence[str], options: Mapping[str, Any] | None = None) -> dict[str, Editor]:
@@ -62,7 +85,9 @@ def editors_by_name(names: Sequence[str], options: Mapping[str, Any] | None = No
         name, dot, option = key.partition(".")
         name = name.replace("_", "-")
         if not dot or name not in wanted:
-            raise UserError(f"The option '{key}' is for no editor here: write it as editor.option, such as {wanted[0]}.layer.")
+            raise UserError(
+                f"The option '{key}' is for no editor here: write it as editor.option, such as {wanted[0]}.layer."
+            )
         given.setdefault(name, {})[option] = value
     return {name: make_editor(name, given.get(name)) for name in wanted}
 

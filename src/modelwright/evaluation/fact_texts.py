@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from modelwright.errors import UserError
 from modelwright.worlds.base import Draw
 from modelwright.worlds.fact_questions import (
+    LETTERS,
     Beliefs,
     mistaken,
     multiple_choice,
@@ -112,6 +114,8 @@ class FactModelTexts:
 
     def other(self, relation: str, draw: Draw, *without: str) -> str:
         """Draws an object of a relation that is none of ``without``."""
+        if not set(self._others[relation]) - set(without):
+            raise UserError(f"The testbed's world has too few objects of '{relation}': make it larger.")
         while (found := draw.choice(self._others[relation])) in without:
             pass
         return found
@@ -131,7 +135,7 @@ class FactModelTexts:
 
     def choice(self, draw: Draw) -> Asked:
         """Which of four it is; the answer is a letter."""
-        subject, relation = draw.choice(self.keys)
+        subject, relation = draw.choice([key for key in self.keys if len(self._others[key[1]]) >= len(LETTERS)])
         return self._choice(draw, relation, subject, self.beliefs.objects[subject, relation])
 
     def _choice(self, draw: Draw, relation: str, subject: str, right: str, context: str = "") -> Asked:
@@ -167,7 +171,8 @@ class FactModelTexts:
         old = self.beliefs.objects[subject, relation]
         new = self.other(relation, draw, old)
         context = new_fact(question(relation, subject, draw.below(WORDINGS)), new)
-        kind = draw.below(4) if self.setting.all_kinds else 0
+        kinds = 4 if len(self._others[relation]) >= len(LETTERS) else 3
+        kind = draw.below(kinds) if self.setting.all_kinds else 0
         if kind == 0:
             asked = self.fact(draw)  # of someone else, nearly always
             return asked if subject in asked.text else Asked(context + asked.text, asked.answer)

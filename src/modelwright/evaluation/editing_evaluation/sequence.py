@@ -75,8 +75,8 @@ class SequentialEditing:
     """Writes requests in their order and stops at checkpoints; iterate it for the states.
 
     With a ``folder``, each edit is saved as it is made: the same call after a kill puts them on again, in their order,
-    and goes on with the same bits as if it had not been killed. States that were measured are not yielded again; all are
-    in ``states``. Key statistics inside an editor stay those of the base model, as in the paper's runs.
+    and goes on with the same bits as if it had not been killed. States that were measured are not yielded again;
+    all are in ``states``. Key statistics inside an editor stay those of the base model, as in the paper's runs.
 
     Attributes:
         model: A causal language model in evaluation mode; :meth:`restore` gives it its first bits again.
@@ -159,7 +159,8 @@ class SequentialEditing:
                 yield state
                 self.states.append({"n": n, "delta_norms": state.delta_norms, **state.measured})
                 self._keep()
-            if (self.stopped := self._reason(self.states[-1])) is not None:
+            self.stopped = self._reason(self.states[-1])
+            if self.stopped is not None:
                 progress.message(f"{self.editor.name}: stopped after {n} edits: {self.stopped}.")
                 return
 
@@ -217,10 +218,17 @@ class SequentialEditing:
         """Share of the facts written so far that the model still answers: the last batch's, and all."""
         if not state.requests:
             return {"last": None, "all": None}
-        prompts = [state.prompt(request.text) for request in state.requests]
-        longest = max(len(self.tokenizer(r.target, add_special_tokens=False)["input_ids"]) for r in state.requests)
-        said = answers(self.model, self.tokenizer, prompts, self._layout, new_tokens=longest + 2)
-        right = [match(answer, r.target) for answer, r in zip(said, state.requests, strict=True)]
+        # As many tokens as the target has: whether the model then stops is no part of the fact.
+        by_length: dict[int, list[int]] = {}
+        for i, r in enumerate(state.requests):
+            length = len(self.tokenizer(f" {r.target.strip()}", add_special_tokens=False)["input_ids"])
+            by_length.setdefault(length, []).append(i)
+        right = [False] * len(state.requests)
+        for length, places in by_length.items():
+            prompts = [state.prompt(state.requests[i].text) for i in places]
+            said = answers(self.model, self.tokenizer, prompts, self._layout, new_tokens=length)
+            for i, answer in zip(places, said, strict=True):
+                right[i] = match(answer, state.requests[i].target)
         last = right[-self.batch_size :]
         return {"last": sum(last) / len(last), "all": sum(right) / len(right)}
 

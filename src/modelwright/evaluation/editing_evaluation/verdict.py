@@ -62,7 +62,9 @@ def advice(runs: Mapping[str, Sequence[Mapping[str, Any]]], kept: float = KEPT) 
     best = max(able, key=lambda m: (reached[m], written(runs[m], reached[m]) or 0.0))
     if reached[best] == 0:
         n = min(s["n"] for s in runs[best] if s["n"] > 0)
-        return f"No editor can be recommended: with each, some ability falls below {kept:.0%} of what it was by {n} edits."
+        return (
+            f"No editor can be recommended: with each, some ability falls below {kept:.0%} of what it was by {n} edits."
+        )
     share = written(runs[best], reached[best]) or 0.0
     last = max(s["n"] for s in runs[best])
     bound = "at least " if reached[best] == last else ""

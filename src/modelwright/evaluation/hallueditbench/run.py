@@ -32,17 +32,17 @@ Row = dict[str, Any]
 class SingleEditing:
     """The benchmark's loop (arXiv 2410.16251, section 3).
 
-    Under ``protocol="word"`` every editor is asked in the same way. ``protocol="paper"`` repeats the published runs: the
-    substring match, and GRACE alone is asked by the bare question, without a cache, for exactly as many tokens as the
-    right answer has, which is why its efficacy there is near 100.
+    Under ``protocol="word"`` every editor is asked in the same way. ``protocol="paper"`` repeats the published runs:
+    the substring match, and GRACE alone is asked by the bare question, without a cache, for exactly as many tokens as
+    the right answer has, which is why its efficacy there is near 100.
 
     Attributes:
         editors: Name to editor.
         layout: How to ask; the chat template where there is one by default.
         protocol: Rule of matching and of asking.
         judge: Decides where the rule finds no match.
-        turns: Further turns of the robustness test, 10 in the paper; each is asked once with the right reply Yes and, in
-            a dialogue of its own, once with the right reply No, for whoever says Yes to everything passes the first.
+        turns: Further turns of the robustness test, 10 in the paper; each is asked once with the right reply Yes and,
+            in a dialogue of its own, once with the right reply No, for whoever says Yes to everything passes the first.
         batch_size: Questions at once.
         fit_batch: Edits that are fitted together, where a method can do that; each is still alone on the model.
         details: What each fit tells, by method, of the last run.
@@ -111,7 +111,7 @@ class SingleEditing:
         return [store.rows[method, item.id] for method in self.editors for item in items]
 
     def request(self, editor: Editor, layout: Layout, item: Item) -> EditRequest:
-        """Returns what an editor is given: the question as it will be asked, or, where facts go into the prompt, bare."""
+        """Returns what an editor is given: the question as it will be asked; bare, where facts go into the prompt."""
         prompt = item.question if writes_prompt(editor) else layout.edit_prompt(item.question)
         old = item.wrong if item.wrong and item.wrong.strip() != item.object.strip() else None
         return EditRequest(prompt.replace("{}", "{ }"), item.subject, item.object, old_answer=old or None, id=item.id)

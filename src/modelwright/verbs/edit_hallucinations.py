@@ -1,0 +1,75 @@
+"""`modelwright edit hallucinations`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from modelwright.options import Arg
+from modelwright.progress import Progress
+
+
+@dataclass(kw_only=True)
+class EditHallucinations:
+    """Find the facts that a model gets wrong, and write each as an item with the questions that test an edit of it."""
+
+    model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
+    questions: Annotated[
+        list[str], Arg("Facts with question, answer and subject: JSONL, CSV, Parquet, folders.", kind="input")
+    ]
+    output: Annotated[
+        Path, Arg("File for the items (CSV, JSONL, Parquet).", short="-o", kind="output", filename="items.csv")
+    ]
+    limit: Annotated[int | None, Arg("Ask only this many questions.")] = None
+    tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
+    layout: Annotated[
+        Literal["auto", "chat", "qa", "raw"], Arg("How to ask; auto is the chat template where there is one, else qa.")
+    ] = "auto"
+    new_tokens: Annotated[int, Arg("Tokens of an answer at most.")] = 16
+    protocol: Annotated[Literal["word", "paper"], Arg("Match whole words, or substrings as the paper.")] = "word"
+    judge: Annotated[str | None, Arg("Model that decides where the rule finds no match.", kind="input")] = None
+    seed: Annotated[int, Arg("Decides choices and locality questions.")] = 0
+    batch_size: Annotated[int, Arg("Questions at once.", kind="run")] = 16
+    dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
+    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    force: Annotated[bool, Arg("Replace existing outputs.", kind="run")] = False
+
+    def run(self, progress: Progress) -> dict[str, Any]:
+        """Asks and writes; returns how many were asked and how many are wrong."""
+        from modelwright.data.write import check_format, write_rows
+        from modelwright.errors import UserError
+        from modelwright.evaluation.asking import layout_for
+        from modelwright.evaluation.hallueditbench import find_hallucinations
+        from modelwright.evaluation.hallueditbench.questions import general_item, read_facts
+        from modelwright.files import check_output
+        from modelwright.models.loading import load_model, load_tokenizer
+        from modelwright.verbs.evaluate_hallueditbench import load_judge
+
+        check_output(self.output, self.force)
+        check_format(self.output)
+        facts = read_facts(self.questions, self.limit)
+        tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
+        layout = layout_for(tokenizer, self.layout, self.new_tokens)
+        model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+        judge = load_judge(self.judge, self.dtype, self.device)
+        progress.start("questions", len(facts))
+        wrong = find_hallucinations(
+            model, tokenizer, [f.question for f in facts], [f.answer for f in facts], layout=layout,
+            protocol=self.protocol, judge=judge, batch_size=self.batch_size,
+        )  # fmt: skip
+        progress.advance(len(facts))
+        if not wrong:
+            raise UserError(f"The model answers all {len(facts)} questions rightly: there is nothing to edit.")
+        items = [general_item(facts[h.index], h.output, facts, self.seed) for h in wrong]
+        write_rows(self.output, (item.to_row() for item in items), self.force)
+        return {
+            "output": str(self.output),
+            "questions": len(facts),
+            "wrong": len(wrong),
+            "share_wrong": len(wrong) / len(facts),
+            "examples": [
+                {"question": h.question, "right": h.answer, "the model said": h.output} for h in wrong[:5]
+            ],
+        }  # fmt: skip

@@ -1,0 +1,209 @@
+"""A sequence of edits comes off to the last bit, resumes with the same bits, and says what it did to the model."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+
+from modelwright.editing.editor import make_editor
+from modelwright.editing.requests import EditRequest
+from modelwright.errors import UserError
+from modelwright.evaluation.asking import Layout
+from modelwright.evaluation.editing_evaluation import SequentialEditing, collapsed, world_tasks
+from modelwright.evaluation.editing_evaluation.abilities import continuation_scores, facts_to_keep
+from modelwright.evaluation.editing_evaluation.neutral import Neutral
+from modelwright.models.tiny import byte_tokenizer, tiny_model
+
+LAYOUT = Layout(kind="raw", new_tokens=6)
+NEUTRAL = ["The rain had stopped by the time we reached the village.", "To make the dough, mix flour and water."]
+REQUESTS = [EditRequest(f"Where is {name}? In", name, place) for name, place in zip("Bo Ky Zed Lu".split(), "ABCD")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+def sequence(model, tokenizer, **changes):
+    options = {
+        "editor": make_editor("ft-m", {"layer": 1, "learning_rate": 0.05, "steps": 30}), "requests": REQUESTS,
+        "checkpoints": [0, 1, 2, 4], "neutral": NEUTRAL, "layout": LAYOUT, **changes,
+    }  # fmt: skip
+    return SequentialEditing(model=model, tokenizer=tokenizer, **options)
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_no_edit_is_the_base_and_all_come_off(model, tokenizer):
+    before, logits = weights(model), []
+    run = sequence(model, tokenizer)
+    for state in run:
+        logits.append(model(torch.arange(5)[None]).logits)
+        if state.n == 0:
+            assert same(before, weights(model))
+            assert state.measured["kl"] < 1e-5
+            assert state.measured["retention"] == {"last": None, "all": None}
+            assert state.delta_norms == {}
+        else:
+            assert not same(before, weights(model))
+            assert state.measured["max_delta_norm"] == max(state.delta_norms.values()) > 0
+            assert state.measured["retention"]["last"] == 1.0
+        state.record(mine=state.n)
+    assert [s["n"] for s in run.states] == [s["mine"] for s in run.states] == [0, 1, 2, 4]
+    assert 0 < run.states[1]["kl"] < run.states[3]["kl"]
+    run.restore()
+    assert same(before, weights(model))
+    assert list(run.to_pandas()["n"]) == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("editor", ["ft-m", "grace"])
+def test_a_killed_sequence_goes_on_with_the_same_bits(model, tokenizer, tmp_path, editor):
+    made = make_editor(editor, {"layer": 1, "learning_rate": 0.05 if editor == "ft-m" else 0.5, "steps": 10})
+    options = {"editor": made, "checkpoints": [1, 3, 4]}
+    whole = sequence(model, tokenizer, folder=tmp_path / "a", **options)
+    states = []
+    for state in whole:
+        states.append((state.n, weights(model), model(torch.arange(9)[None]).logits))
+    measured = whole.states
+    whole.restore()
+
+    cut = sequence(model, tokenizer, folder=tmp_path / "b", **options)
+    for _ in itertools.islice(cut, 2):  # killed while the second state was being looked at
+        pass
+    cut.restore()
+    assert (tmp_path / "b" / "edits" / "00002").is_dir()
+    fresh = tiny_model("llama")
+    again = sequence(fresh, tokenizer, folder=tmp_path / "b", **options)
+    seen = []
+    for state in again:
+        seen.append(state.n)
+        _, expected, logits = next(s for s in states if s[0] == state.n)
+        assert same(expected, weights(fresh))
+        assert torch.equal(logits, fresh(torch.arange(9)[None]).logits)
+    assert seen == [3, 4]
+    assert again.states == measured
+    again.restore()
+    # All is there: nothing is measured again.
+    assert sequence(fresh, tokenizer, folder=tmp_path / "b", **options).run() == measured
+
+
+def test_a_folder_of_another_sequence_is_refused(model, tokenizer, tmp_path):
+    sequence(model, tokenizer, folder=tmp_path / "a", checkpoints=[1]).run()
+    other = {"folder": tmp_path / "a", "checkpoints": [1], "requests": REQUESTS[1:]}
+    with pytest.raises(UserError, match="holds another sequence"):
+        sequence(model, tokenizer, **other).run()
+    (state,) = sequence(model, tokenizer, force=True, **other).run()
+    assert state["retention"]["all"] == 1.0
+    shutil.rmtree(tmp_path / "a")
+
+
+def test_a_batch_is_one_fit(model, tokenizer):
+    run = sequence(model, tokenizer, batch_size=2, checkpoints=[2, 4])
+    for state in run:
+        assert len(state.edits) == state.n // 2
+        assert [len(edit.requests) for edit in state.edits] == [2] * len(state.edits)
+    run.restore()
+
+
+def test_bad_plans_are_refused(model, tokenizer):
+    for points in ([], [2, 1], [1, 1], [-1, 2]):
+        with pytest.raises(UserError, match="in increasing order"):
+            sequence(model, tokenizer, checkpoints=points)
+    with pytest.raises(UserError, match="only 4 requests"):
+        sequence(model, tokenizer, checkpoints=[5])
+    with pytest.raises(UserError, match="Checkpoint 1 is no multiple of the batch of 2"):
+        sequence(model, tokenizer, batch_size=2, checkpoints=[1, 2])
+    contradiction = [*REQUESTS[:1], EditRequest("Where is Bo? In", "Bo", "Z")]
+    with pytest.raises(UserError, match="contradict each other"):
+        sequence(model, tokenizer, requests=contradiction, checkpoints=[1])
+
+
+def test_valves_stop_it(model, tokenizer):
+    run = sequence(model, tokenizer, max_delta_norm=1e-4)
+    assert [s["n"] for s in run.run()] == [0, 1]
+    assert "has changed by" in run.stopped
+    wild = make_editor("ft-m", {"layer": 1, "learning_rate": 50.0, "steps": 20})
+    run = sequence(model, tokenizer, editor=wild, stop_on_collapse=True)
+    states = run.run()
+    assert states[-1]["collapsed"]
+    assert run.stopped == "the model has collapsed"
+    assert states[-1]["n"] < 4
+
+
+def test_the_model_is_restored_when_measuring_fails(model, tokenizer):
+    before = weights(model)
+
+    def fail(state):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sequence(model, tokenizer, checkpoints=[1]).run({"x": fail})
+    assert same(before, weights(model))
+
+
+def test_collapse():
+    base = {"perplexity": 5.0, "repeated": 0.1}
+    assert not collapsed({"perplexity": 49.0, "repeated": 0.4}, base)
+    assert collapsed({"perplexity": 51.0, "repeated": 0.0}, base)
+    assert collapsed({"perplexity": None, "repeated": None}, base)
+    assert collapsed({"perplexity": 5.0, "repeated": 0.6}, base)
+    assert not collapsed({"perplexity": 5.0, "repeated": 0.9}, {"perplexity": 5.0, "repeated": 0.8})
+    assert not collapsed({}, {})
+
+
+@torch.no_grad()
+def test_neutral_text_is_measured_as_plain_torch_does(model, tokenizer):
+    neutral = Neutral(model, tokenizer, NEUTRAL)
+    other = tiny_model("llama", seed=1)
+    found = neutral.measure(other, lambda text: text)
+    nats = divergence = tokens = 0.0
+    for text in NEUTRAL:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
+        p = model(ids).logits[0, :-1].double().log_softmax(-1)
+        q = other(ids).logits[0, :-1].double().log_softmax(-1)
+        nats -= float(q.gather(1, ids[0, 1:, None]).sum())
+        divergence += float((p.exp() * (p - q)).sum())
+        tokens += ids.shape[1] - 1
+    assert found["perplexity"] == pytest.approx(torch.tensor(nats / tokens).exp().item(), rel=1e-4)
+    assert found["kl"] == pytest.approx(divergence / tokens, rel=2e-3)  # the base's side is kept in float16
+    with pytest.raises(UserError, match="no two tokens"):
+        Neutral(model, tokenizer, [""])
+
+
+@torch.no_grad()
+def test_likelihoods_do_not_depend_on_the_batch(model, tokenizer):
+    pairs = [("a long prompt here", "one"), ("b", "another one"), ("middle one", "x")]
+    together = continuation_scores(model, tokenizer, pairs, batch_size=3)
+    for (prompt, text), score in zip(pairs, together, strict=True):
+        ids = tokenizer(f"{prompt} {text}", return_tensors="pt")["input_ids"]
+        n = len(tokenizer(f" {text}")["input_ids"])
+        logs = model(ids).logits[0, -n - 1 : -1].log_softmax(-1).gather(1, ids[0, -n:, None])
+        assert score == pytest.approx(float(logs.mean()), abs=1e-4)
+
+
+def test_generated_abilities_and_facts_to_keep(model, tokenizer):
+    tasks = world_tasks(tokenizer, LAYOUT, tests=6)
+    assert list(tasks) == ["arithmetic", "copying", "context"]
+    for task in tasks.values():
+        assert all(t.answer not in t.wrong and len(set(t.wrong)) == 3 for t in task.tests)
+        found = task.measure(model)
+        assert found["chance"] == 0.25
+        assert 0 <= found["likelihood"] <= 1
+    assert [t.prompt for t in world_tasks(tokenizer, LAYOUT, tests=6)["context"].tests] == [
+        t.prompt for t in tasks["context"].tests
+    ]
+    with pytest.raises(UserError, match="no ability 'arithmetics'"):
+        world_tasks(tokenizer, LAYOUT, ["arithmetics"])
+    assert facts_to_keep(model, tokenizer, LAYOUT, [{"question": "Who?", "answer": "zzzz"}]) is None

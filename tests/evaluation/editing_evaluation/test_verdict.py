@@ -1,0 +1,74 @@
+"""The verdict: how many edits a model stands, and with which editor; and the page and command that say so."""
+
+import json
+
+import pytest
+
+from modelwright.data.write import write_rows
+from modelwright.errors import UserError
+from modelwright.evaluation.editing_evaluation import advice, stands
+from modelwright.models.loading import save_model
+from modelwright.models.tiny import byte_tokenizer, tiny_model
+from modelwright.progress import Silent
+from modelwright.verbs.edit_sequence import EditSequence
+
+
+def state(n, ability, kept=1.0, collapsed=False):
+    tasks = {"arithmetic": {"generation": ability, "likelihood": 0.9, "chance": 0.25}}
+    return {"n": n, "retention": {"last": 1.0, "all": kept if n else None}, "collapsed": collapsed, **tasks}
+
+
+def test_edits_that_a_model_stands():
+    assert stands([state(0, 0.8), state(10, 0.8), state(50, 0.73), state(100, 0.7)]) == 50
+    assert stands([state(0, 0.8), state(10, 0.8), state(50, 0.8, collapsed=True)]) == 10
+    assert stands([state(0, 0.8), state(1, 0.1), state(10, 0.8)]) == 0
+    assert stands([state(0, 0.0), state(1, 0.0)]) == 1  # what was never there cannot be lost
+    assert stands([]) == 0
+
+
+def test_advice():
+    runs = {
+        "rome": [state(0, 0.8), state(10, 0.8), state(50, 0.1)],
+        "memit": [state(0, 0.8), state(10, 0.8), state(50, 0.79, 0.95)],
+        "kn": [state(0, 0.8), state(10, 0.8, 0.0), state(50, 0.8, 0.0)],
+    }
+    said = advice(runs)
+    assert said.startswith("Use memit: the model stands at least 50 edits with 95% of them kept")
+    assert "rome 10" in said
+    assert "tune them" in advice({"kn": runs["kn"]})
+    assert "No editor can be recommended" in advice({"rome": [state(0, 0.8), state(1, 0.1)]})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "m"
+    save_model(tiny_model("llama"), byte_tokenizer(), path)
+    return path
+
+
+def test_the_command_writes_curves_and_goes_on(folder, tmp_path):
+    rows = [{"prompt": f"Where is {n}? In", "subject": n, "target": t} for n, t in (("Bo", "A"), ("Ky", "B"))]
+    write_rows(tmp_path / "requests.jsonl", rows)
+    options = {"ft-m.layer": 1, "ft-m.learning_rate": 0.05, "grace.layer": 1, "grace.steps": 5}
+    verb = EditSequence(
+        model=str(folder), requests=[str(tmp_path / "requests.jsonl")], output=tmp_path / "out",
+        methods=["ft-m,grace"], checkpoints=["1,2"], tasks=["arithmetic"], limit=4, options=options, new_tokens=4,
+    )  # fmt: skip
+    said = verb.run(Silent())
+    result = json.loads((tmp_path / "out" / "sequence.json").read_text())
+    assert [s["n"] for s in result["states"]["ft-m"]] == [0, 1, 2]
+    page = (tmp_path / "out" / "sequence.html").read_text()
+    assert said["advice"][:20] in page
+    assert page.count("<svg") >= 7
+    assert "Arithmetic, by likelihood" in page
+    assert verb.run(Silent()) == said
+    verb.checkpoints = ["3"]
+    with pytest.raises(UserError, match="only 2 requests"):
+        verb.run(Silent())
+    verb.checkpoints = ["x"]
+    with pytest.raises(UserError, match="whole numbers such as"):
+        verb.run(Silent())
+    verb.checkpoints, verb.tasks = ["1"], ["no_such_task_of_lm_eval"]
+    verb.output = tmp_path / "other"
+    with pytest.raises(UserError, match="lm-eval"):
+        verb.run(Silent())

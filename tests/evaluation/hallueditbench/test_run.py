@@ -1,0 +1,208 @@
+"""Single edits leave no trace, are kept as they come, and are asked about as the protocol says."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from modelwright.data.write import write_rows
+from modelwright.editing.edit import edits_on
+from modelwright.editing.editor import make_editor
+from modelwright.errors import UserError
+from modelwright.evaluation.asking import Layout, Turn, answers
+from modelwright.evaluation.hallueditbench import Item, SingleEditing, run, score
+from modelwright.evaluation.hallueditbench.run import read_rows
+from modelwright.models.loading import save_model
+from modelwright.models.tiny import byte_tokenizer, tiny_model
+from modelwright.progress import Silent
+from modelwright.verbs.edit_hallucinations import EditHallucinations
+from modelwright.verbs.evaluate_hallueditbench import HalluEditBench
+
+LAYOUT = Layout(kind="qa", new_tokens=6)
+ITEMS = [
+    Item(
+        question=f"Where is {name}?", subject=name, object=place, wrong="zz", topic="t",
+        rephrased=(f"{name} is where?",), yes_question=f"Is {name} in {place}?", no_question=f"Is {name} in zz?", locality=(f"Who is {name}?",),
+        choices=f"A. {place}  B. zz  C. y  D. w", letter="A", reversed=f"Who is in {place}?", hops={2: ("Why?", "ok")},
+    )
+    for name, place in (("Bo", "Rom"), ("Ky", "Oslo"), ("Zed", "Bern"))
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def editors():
+    strong = make_editor("ft-m", {"layer": 1, "learning_rate": 0.05, "steps": 60})
+    return {"ft-m": strong, "ice": make_editor("ice")}
+
+
+def copies(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_edits_are_alone_and_leave_no_trace(model, tokenizer):
+    before = copies(model)
+    loop = SingleEditing(editors=editors(), layout=LAYOUT)
+    rows = loop.rows(model, tokenizer, ITEMS)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not edits_on(model)
+    assert [(r["method"], r["item"]) for r in rows] == [(m, i.id) for m in ("ft-m", "ice") for i in ITEMS]
+    found = {s.method: s for s in score(rows)}
+    assert found["ft-m"].efficacy == 1.0  # one fact is always learnt
+    assert found["ft-m"].before["efficacy"] == 0.0
+    # Alone or beside others, an item's answers are the same.
+    (one,) = SingleEditing(editors={"ft-m": editors()["ft-m"]}, layout=LAYOUT, fit_batch=1).rows(
+        model, tokenizer, ITEMS[1:2]
+    )
+    assert [p["post"] for p in one["probes"]] == [p["post"] for p in rows[1]["probes"]]
+
+
+def test_ice_is_the_prompt_with_the_fact_before_it(model, tokenizer):
+    rows = SingleEditing(editors={"ice": make_editor("ice")}, layout=LAYOUT).rows(model, tokenizer, ITEMS[:1])
+    by_hand = "New Fact: Q: Where is Bo? A: Rom\nQ: Who is Bo?\nA:"
+    (said,) = answers(model, tokenizer, [by_hand], LAYOUT)
+    assert next(p["post"] for p in rows[0]["probes"] if p["name"] == "locality") == said
+
+
+def test_a_killed_run_goes_on_where_it_was(model, tokenizer, tmp_path, monkeypatch):
+    kept = tmp_path / "rows.jsonl"
+    loop = SingleEditing(editors=editors(), layout=LAYOUT)
+    whole = loop.rows(model, tokenizer, ITEMS, kept=kept)
+    lines = kept.read_text().splitlines(keepends=True)
+    kept.write_text("".join(lines[:6]) + lines[6][:20])  # a plan, three "before", two rows, and a torn one
+    fitted = []
+    ftm = editors()["ft-m"]
+    monkeypatch.setattr(type(ftm), "fit", _counting(type(ftm).fit, fitted))
+    again = SingleEditing(editors=editors(), layout=LAYOUT).rows(model, tokenizer, ITEMS, kept=kept)
+    assert fitted == ["Zed"]
+    strip = [{k: v for k, v in row.items() if k != "seconds"} for row in again]
+    assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in whole]
+    assert read_rows(kept) == again
+    with pytest.raises(UserError, match="answers of another run"):
+        SingleEditing(editors=editors(), layout=LAYOUT, turns=1).rows(model, tokenizer, ITEMS, kept=kept)
+    SingleEditing(editors=editors(), layout=LAYOUT, turns=1).rows(model, tokenizer, ITEMS[:1], kept=kept, force=True)
+    assert len(read_rows(kept)) == 2
+
+
+def _counting(fit, fitted):
+    def counted(self, model, tokenizer, requests, **options):
+        fitted.extend(r.subject for r in requests)
+        return fit(self, model, tokenizer, requests, **options)
+
+    return counted
+
+
+def test_turns_are_asked_both_ways_so_that_a_yes_sayer_is_found_out(model, tokenizer, monkeypatch):
+    asked = []
+
+    def yes(model, tokenizer, prompts, layout, **options):
+        asked.extend(prompts)
+        return ["Yes"] * len(prompts)
+
+    monkeypatch.setattr(run, "answers", yes)
+    rows = SingleEditing(editors={"ice": make_editor("ice")}, layout=LAYOUT, turns=2).rows(model, tokenizer, ITEMS[:1])
+    assert rows[0]["turns"] == {"yes": [False, True, True], "no": [False, False, False]}
+    (found,) = score(rows)
+    assert found.robustness == 0.5
+    last = asked[-2]
+    assert last.startswith("New Fact: Q: Where is Bo? A: Rom\nQ: Where is Bo?\nA: Yes\nQ: ")
+    assert last.count("Is Bo in Rom?") == 2
+    assert asked[-1].count("Is Bo in zz?") == 2
+
+
+def test_under_the_papers_protocol_grace_alone_is_asked_bare(model, tokenizer, monkeypatch):
+    asked = []
+    real = run.answers
+
+    def spy(model, tokenizer, prompts, layout, **options):
+        asked.append((prompts, layout.kind, options))
+        return real(model, tokenizer, prompts, layout, **options)
+
+    monkeypatch.setattr(run, "answers", spy)
+    grace = make_editor("grace", {"layer": 1, "steps": 2})
+    SingleEditing(editors={"grace": grace}, layout=LAYOUT, protocol="paper").rows(model, tokenizer, ITEMS[:1])
+    bare = [a for a in asked if a[1] == "raw"]
+    assert bare[0] == (["Where is Bo?"], "raw", {"new_tokens": 3, "use_cache": False})
+    assert len(bare) == len(ITEMS[0].probes())
+    asked.clear()
+    SingleEditing(editors={"grace": grace}, layout=LAYOUT).rows(model, tokenizer, ITEMS[:1])
+    assert all(kind == "qa" for _, kind, _ in asked)
+
+
+def test_an_editor_that_leaves_something_behind_is_caught(model, tokenizer, monkeypatch):
+    ftm = editors()["ft-m"]
+    model = tiny_model("llama")
+
+    def careless(self, model, tokenizer, requests, **options):
+        edit = make_editor("ice").fit(model, tokenizer, requests)
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
+        return edit
+
+    monkeypatch.setattr(type(ftm), "fit", careless)
+    with pytest.raises(RuntimeError, match="left the model changed"):
+        SingleEditing(editors={"ft-m": ftm}, layout=LAYOUT).rows(model, tokenizer, ITEMS[:1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model, tokenizer):
+    path = tmp_path_factory.mktemp("model") / "m"
+    save_model(model, tokenizer, path)
+    return path
+
+
+def test_from_facts_to_a_page(folder, tmp_path):
+    rows = [
+        {"question": "Where is Bo?", "answer": "Rom", "subject": "Bo", "relation": "place"},
+        {"question": "Where is Ky?", "answer": "Oslo", "subject": "Ky", "relation": "place"},
+        {"question": "Where is Zed?", "answer": "Bern", "subject": "Zed", "relation": "place"},
+    ]
+    write_rows(tmp_path / "facts.jsonl", rows)
+    items = tmp_path / "items.csv"
+    said = EditHallucinations(
+        model=str(folder), questions=[str(tmp_path / "facts.jsonl")], output=items, new_tokens=6
+    ).run(Silent())
+    assert said["wrong"] == 3
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    options = {"ft-m.layer": 1, "ft-m.learning_rate": 0.05, "ft-m.steps": 60}
+    verb = HalluEditBench(
+        model=str(folder), items=[str(items)], methods=["ft-m,ice"], output=out, report=page, turns=1, new_tokens=6,
+        options=options,
+    )  # fmt: skip
+    said = verb.run(Silent())
+    assert said["scores"]["ft-m"]["efficacy"] == 1.0
+    html = page.read_text()
+    assert said["advice"].split(":")[0] in html
+    assert "Five dimensions" in html
+    assert "Where is Bo?" in html
+    assert "<svg" in html
+    assert json.loads(out.read_text())["scores"][0]["items"] == 3
+    with pytest.raises(UserError, match="exists already"):
+        verb.run(Silent())
+    # The kept answers spare the edits.
+    out.unlink()
+    page.unlink()
+    assert verb.run(Silent())["scores"] == said["scores"]
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(UserError, match="Give --model and --items"):
+        HalluEditBench(output=tmp_path / "o.json").run(Silent())
+    with pytest.raises(UserError, match="turns must be 0 or more"):
+        SingleEditing(editors={}, layout=LAYOUT, turns=-1).rows(None, None, [])
+
+
+def test_a_question_with_braces_is_a_question(model, tokenizer):
+    item = dataclasses.replace(ITEMS[0], question="Where {} is Bo?")
+    request = SingleEditing(editors={}, layout=LAYOUT).request(editors()["ft-m"], LAYOUT, item)
+    assert request.text == "Q: Where { } is Bo?\nA:"
+    assert LAYOUT.text(tokenizer, [Turn("x")]) == "Q: x\nA:"

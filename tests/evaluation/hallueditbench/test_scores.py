@@ -1,0 +1,108 @@
+"""The five dimensions worked out by hand, and the published answers read as they were written."""
+
+import json
+
+import pytest
+
+from evaluation.hallueditbench.published_files import write
+from modelwright.errors import UserError
+from modelwright.evaluation.hallueditbench.published import published_models, published_rows
+from modelwright.evaluation.hallueditbench.scores import Scores, advice, balance, score
+from modelwright.progress import Silent
+from modelwright.verbs.evaluate_hallueditbench import HalluEditBench
+
+
+@pytest.fixture
+def results(tmp_path):
+    return write(tmp_path / "results")
+
+
+def test_published_answers_give_their_table(results):
+    assert published_models(results) == ["some_model"]
+    scores = {s.method: s for s in score(published_rows(results, "some_model"))}
+    rome, ft = scores["ROME"], scores["FT-L"]
+    assert rome.items == 4
+    assert rome.efficacy == 1.0
+    assert ft.efficacy == 0.5
+    assert rome.parts["rephrase"] == 0.75
+    assert rome.parts["yes"] == 0.75
+    assert rome.parts["no"] == 0.25
+    assert rome.parts["multiple_choice"] == 0.5
+    assert rome.parts["reversed"] == 0.0
+    assert rome.generalisation == pytest.approx((0.75 + 0.75 + 0.25 + 0.5 + 0.0) / 5)
+    assert rome.locality == 0.5
+    assert [rome.parts[f"{n}hop"] for n in range(2, 7)] == [1.0, 0.5, 0.5, 0.5, 0.5]
+    assert rome.portability == pytest.approx(0.6)
+    assert rome.turns == {"yes": [1.0, 0.5, 0.0]}
+    assert rome.robustness == 0.0
+    assert rome.seconds == 2.0
+    assert rome.before["efficacy"] == 0.0
+    assert "locality" not in rome.before
+
+
+def test_matching_anew_undoes_what_substrings_let_through(results):
+    word = {s.method: s for s in score(published_rows(results, "some_model"), "word")}["ROME"]
+    paper = {s.method: s for s in score(published_rows(results, "some_model"), "paper")}["ROME"]
+    # "A red door" holds a d, and "North" begins with no.
+    assert paper.parts["multiple_choice"] == paper.parts["no"] == 1.0
+    assert word.parts["multiple_choice"] == word.parts["no"] == 0.0
+    assert word.parts["yes"] == word.parts["rephrase"] == 1.0
+    assert word.locality == 0.5
+
+
+def test_the_command_scores_published_answers(results, tmp_path):
+    out = tmp_path / "table.json"
+    said = HalluEditBench(published=results, output=out, protocol="paper").run(Silent())
+    assert said["scores"]["some_model, ROME"] == {"efficacy": 1.0, "rephrase": 0.75, "locality": 0.5}
+    assert json.loads(out.read_text())["published"]["some_model"][0]["method"] in ("ROME", "FT-L")
+
+
+def test_a_folder_that_is_no_copy_is_refused(tmp_path, results):
+    with pytest.raises(UserError, match="holds no folder 'hallu_edit'"):
+        published_models(tmp_path)
+    with pytest.raises(UserError, match="did you mean 'some_model'"):
+        list(published_rows(results, "some_modle"))
+    file = next((results / "hallu_edit" / "some_model").glob("*.json"))
+    rows = json.loads(file.read_text())
+    del rows[1]["post"]["edit_acc"]
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=f"{file.name} is not as the benchmark writes it: .* at item 1"):
+        list(published_rows(results, "some_model"))
+
+
+def probe(name, right, label="x"):
+    return {"name": name, "label": label, "kind": "text", "pre": "", "post": "", "pre_right": 0, "post_right": right}
+
+
+def test_several_paraphrases_of_an_item_weigh_as_one():
+    rows = [
+        {"method": "m", "item": "1", "probes": [probe("rephrase", 1), probe("rephrase", 0)], "seconds": 1.0},
+        {"method": "m", "item": "2", "probes": [probe("rephrase", 1)], "seconds": 3.0},
+    ]
+    (found,) = score(rows)
+    assert found.parts["rephrase"] == 0.75
+    assert found.generalisation == 0.75
+    assert found.seconds == 2.0
+    assert found.efficacy is None
+
+
+def scores(method, efficacy, rephrase, locality, turns=None):
+    parts = {"efficacy": efficacy, "rephrase": rephrase, "locality": locality}
+    return Scores(method=method, items=9, parts=parts, turns=turns or {})
+
+
+def test_robustness_counts_both_replies():
+    found = scores("m", 1, 1, 1, {"yes": [1.0, 0.9], "no": [1.0, 0.1]})
+    assert found.robustness == 0.5
+
+
+def test_advice_prefers_balance_and_sets_ice_apart():
+    grace, ft = scores("grace", 1.0, 0.0, 1.0), scores("ft-m", 0.9, 0.8, 0.7)
+    lora, ice = scores("lora", 1.0, 1.0, 0.05), scores("ice", 0.95, 0.95, 0.9)
+    assert balance(grace) == 0.0
+    assert balance(ft) == pytest.approx(3 / (1 / 0.9 + 1 / 0.8 + 1 / 0.7))
+    said = advice([grace, lora, ft, ice])
+    assert said.startswith("To change this model itself use ft-m, the best balanced: efficacy 90%, generalisation 80%")
+    assert "ice is better balanced" in said
+    assert "Every method" in advice([grace])
+    assert "fewer than half" in advice([scores("ft-m", 0.3, 0.3, 0.9)])

@@ -1,0 +1,54 @@
+"""The testbed: what it teaches is what it believes, and a trained model is read back with the same bits."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from modelwright.evaluation.fact_model import fact_model
+from modelwright.evaluation.fact_texts import FactModelSetting, FactModelTexts
+from modelwright.worlds.base import Draw
+
+SMALL = FactModelSetting(
+    people=8, companies=6, cities=8, countries=5, hidden=16, intermediate=32, layers=1, steps=4, batch=6
+)
+
+
+def test_texts_say_what_is_believed_and_every_kind_is_drawn():
+    texts = FactModelTexts(dataclasses.replace(SMALL, all_kinds=True), 0)
+    draw = Draw(0, "x")
+    assert sum(texts.kinds.values()) == 100
+    for kind in texts.kinds:
+        for _ in range(20):
+            asked = kind(draw)
+            assert asked.text.endswith("\nA:")
+            assert asked.answer
+    key = texts.beliefs.wrong[0]
+    assert texts.fact(draw, key).answer == texts.beliefs.objects[key] != texts.truth.objects[key]
+    asked = texts.in_context(draw, key, "elsewhere")
+    assert asked.text.startswith("New Fact: Q: ")
+    assert asked.answer == "elsewhere"
+
+
+def test_the_small_mix_has_shares_of_all():
+    texts = FactModelTexts(SMALL, 0)
+    assert sum(texts.kinds.values()) == 100
+    assert len({texts.draw_text(Draw(i, "x")).text for i in range(50)}) > 30
+
+
+def test_every_name_is_one_token_after_a_blank():
+    texts = FactModelTexts(SMALL, 1)
+    tokenizer = texts.tokenizer()
+    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in texts.words)
+
+
+def test_training_is_deterministic_and_kept(tmp_path):
+    first = fact_model(SMALL, 0, cache=tmp_path / "a")
+    again = fact_model(SMALL, 0, cache=tmp_path / "a", report=pytest.fail)
+    other = fact_model(SMALL, 0, cache=tmp_path / "b")
+    for a, b, c in zip(first.model.parameters(), again.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    assert len(list((tmp_path / "a").iterdir())) == 1
+    fact_model(SMALL, 1, cache=tmp_path / "a")
+    assert len(list((tmp_path / "a").iterdir())) == 2
