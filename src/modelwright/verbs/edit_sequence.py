@@ -158,5 +158,5 @@ _PLAIN = [
     "She closed the window, put the letters back into the drawer, and went down to see who had knocked at the door.",
     "When a metal is heated it expands, which is why long bridges are built with small gaps between their parts.",
     "The committee will meet again in spring; until then, members may send their questions to the secretary by post.",
-    "If the list is empty the function returns zero; otherwise it adds up the values and divides the sum by their number.",
+    "If the list is empty the function returns zero; otherwise it adds up the values and divides by their number.",
 ]

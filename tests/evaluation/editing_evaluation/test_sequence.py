@@ -17,7 +17,7 @@ from modelwright.models.tiny import byte_tokenizer, tiny_model
 
 LAYOUT = Layout(kind="raw", new_tokens=6)
 NEUTRAL = ["The rain had stopped by the time we reached the village.", "To make the dough, mix flour and water."]
-REQUESTS = [EditRequest(f"Where is {name}? In", name, place) for name, place in zip("Bo Ky Zed Lu".split(), "ABCD")]
+REQUESTS = [EditRequest(f"Where is {name}? In", name, place) for name, place in zip(["Bo", "Ky", "Zed", "Lu"], "ABCD")]
 
 
 @pytest.fixture(scope="module")

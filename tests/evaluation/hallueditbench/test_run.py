@@ -23,7 +23,8 @@ LAYOUT = Layout(kind="qa", new_tokens=6)
 ITEMS = [
     Item(
         question=f"Where is {name}?", subject=name, object=place, wrong="zz", topic="t",
-        rephrased=(f"{name} is where?",), yes_question=f"Is {name} in {place}?", no_question=f"Is {name} in zz?", locality=(f"Who is {name}?",),
+        rephrased=(f"{name} is where?",), yes_question=f"Is {name} in {place}?",
+        no_question=f"Is {name} in zz?", locality=(f"Who is {name}?",),
         choices=f"A. {place}  B. zz  C. y  D. w", letter="A", reversed=f"Who is in {place}?", hops={2: ("Why?", "ok")},
     )
     for name, place in (("Bo", "Rom"), ("Ky", "Oslo"), ("Zed", "Bern"))
