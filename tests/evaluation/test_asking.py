@@ -70,7 +70,7 @@ def test_editors_by_name_with_options():
     assert found["ft-m"].layer == 1
     assert "layer=1" in describe(found["ft-m"])
     assert describe(found["ft-m"]) == describe(editors_by_name(["ft-m"], {"ft-m.layer": 1})["ft-m"])
-    with pytest.raises(UserError, match=r"for no editor here: write editor\.option"):
+    with pytest.raises(UserError, match=r"is for no editor here"):
         editors_by_name(["ft-m"], {"rome.layer": 1})
     with pytest.raises(UserError, match="No editor is named"):
         editors_by_name([","])
