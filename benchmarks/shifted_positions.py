@@ -106,6 +106,29 @@ def prefill(model: LlamaForCausalLM, variant: str, ids: torch.Tensor) -> Any:
         return model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
+def reading(model: LlamaForCausalLM, variant: str, ids: torch.Tensor) -> Callable[[], None]:
+    """A prefill that times itself inside the context, which is entered once for many prompts."""
+
+    @torch.no_grad()
+    def read() -> None:
+        with context(variant, model, ids.shape[1]):
+            start = clock(ids.is_cuda)
+            model(ids, use_cache=True, logits_to_keep=1)
+            read.seconds = clock(ids.is_cuda) - start  # type: ignore[attr-defined]
+
+    return read
+
+
+def entering(model: LlamaForCausalLM, repeats: int, gpu: bool) -> float:
+    """Seconds that entering and leaving STRING's context takes."""
+
+    def work() -> None:
+        with context("string", model, model.config.max_position_embeddings - 64):
+            pass
+
+    return statistics.median(interleaved({"it": work}, repeats, gpu)["it"])
+
+
 def decoding(model: LlamaForCausalLM, variant: str, ids: torch.Tensor, steps: int) -> Callable[[], None]:
     cache = prefill(model, "plain", ids)
     token = ids[:, :1]
@@ -206,8 +229,9 @@ def attentions(rows: int, keys: int, size: int) -> dict[str, Callable[[], torch.
     running = {}
     for name, way in ways.items():
         try:
+            start = clock(True)
             way()
-            torch.cuda.synchronize()
+            print(f"first call of {name}, {rows} rows, {keys} keys, size {size}: {(clock(True) - start) * 1e3:.0f} ms")
             running[name] = way
         except (RuntimeError, TypeError, NotImplementedError) as error:
             print(f"{name} does not run here: {str(error).splitlines()[0][:150]}")
@@ -268,28 +292,25 @@ def sweep(length: int) -> None:
     from modelwright.kernels import shifted_attention_triton as kernels
 
     launch = kernels.Launch
-    many = [
-        launch(m, n, w, s)
-        for m, n, w, s in [
-            (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 2),
-            (128, 32, 8, 4), (64, 128, 4, 2), (128, 32, 4, 3),
-        ]
-    ]  # fmt: skip
-    few = [launch(64, n, w, s) for n, w, s in [(64, 4, 3), (128, 4, 3), (64, 2, 3), (32, 4, 4), (128, 8, 2)]]
+    many = [launch(m, n, w, s) for m, n, w, s in [(128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)]]
+    few = [launch(64, n, w, s) for n, w, s in [(64, 4, 3), (64, 4, 2), (128, 4, 2), (32, 4, 4), (64, 2, 2), (32, 2, 3)]]
     for size in (128, 64):
-        for rows, cuts in ((length, many), (1, few)):
+        for rows, cuts in ((1, few), (length, many)):
             query, key, value = drawn(rows, length, size)
             turn = Turn(torch.ones(size).cuda(), torch.zeros(size).cuda(), torch.arange(size).int().cuda())
-            for cut in cuts:
+            programs = kernels.PROGRAMS
+            for cut, each in [(cut, each) for cut in cuts for each in ((2, 3, 4, 6) if rows == 1 else (2,))]:
+                kernels.PROGRAMS = each
 
                 def call(q=query, k=key, v=value, t=turn, c=cut) -> torch.Tensor:  # type: ignore[no-untyped-def]
                     return kernels.shifted_attention(q, k, v, t, length // 3, scaling=q.shape[-1] ** -0.5, launch=c)
 
                 try:
                     times = events({"it": call}, 5, 3 if rows > 1 else 50)["it"]
-                    print(f"sweep {size:3} rows {rows:6} {tuple(cut)}: {statistics.median(times) * 1e6:9.1f} us")
+                    print(f"sweep {size:3} rows {rows:6} {tuple(cut)} {each}: {statistics.median(times) * 1e6:9.1f} us")
                 except Exception as error:
-                    print(f"sweep {size:3} rows {rows:6} {tuple(cut)}: {str(error).splitlines()[0][:100]}")
+                    print(f"sweep {size:3} rows {rows:6} {tuple(cut)} {each}: {str(error).splitlines()[0][:100]}")
+            kernels.PROGRAMS = programs
 
 
 def tables(result: dict[str, Any]) -> dict[str, Any]:
@@ -329,7 +350,8 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
         "question": "What do shifted far positions cost?",
         "rows": rows,
         "notes": "'plain (again)' is the same measured twice: its ratio is the noise. Memory is what a prefill adds to "
-        "the peak over the weights (attention alone: over its inputs).",
+        "the peak over the weights (attention alone: over its inputs). Entering the context is paid once and not in a "
+        f"prefill: {', '.join(f'{s * 1e3:.0f} ms ({n})' for n, s in result['entering_seconds'].items())}.",
         "command": f"python benchmarks/shifted_positions.py{' --device cuda' if gpu else ''}",
     }
 
@@ -352,7 +374,7 @@ def main() -> None:
     if gpu and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
     if options.sweep:
-        sweep((options.lengths or [16384])[0])
+        sweep((options.lengths or [65536])[0])
         return
     if not gpu:
         torch.set_num_threads(1)
@@ -361,12 +383,15 @@ def main() -> None:
     repeats = options.repeats or (3 if options.quick else 5)
     steps = 8 if options.quick else 32
     models: dict[str, Any] = {}
+    once: dict[str, float] = {}
     for size in ON_GPU if gpu else ["quick" if options.quick else "cpu"]:
         model = build(size, max(lengths) + 64)
+        once[size] = entering(model, repeats, gpu)
+        print(f"{size:5} entering the context takes {once[size] * 1e3:.1f} ms")
         for length in lengths:
             ids = torch.randint(1024, (1, length), device=model.device)
             work: dict[str, Any] = {v: lambda v=v, ids=ids, model=model: prefill(model, v, ids) for v in VARIANTS}  # type: ignore[misc]
-            times = interleaved(work, repeats, gpu)
+            times = timed_inside({v: reading(model, v, ids) for v in VARIANTS}, repeats)
             if gpu:
                 peaks = {v: allocated(work[v]) for v in ("plain", "string")}
             else:
@@ -404,6 +429,7 @@ def main() -> None:
         "repeats": repeats,
         "decoded_tokens": steps,
         "models": models,
+        "entering_seconds": once,
         **({"layers": layers(lengths, repeats)} if gpu else {}),
         "targets": {"prefill": PREFILL_TARGET, "memory": PREFILL_TARGET, "decoding": DECODE_TARGET},
     }

@@ -75,6 +75,23 @@ def test_sixteen_bits_and_strides_of_a_model(rows, dtype):
     close(found, expected, 1e-2 if dtype == torch.float16 else 3e-2)
 
 
+def test_decoding_steps_follow_each_other():
+    """A growing cache, a card's short way to launch, and again the first length: each step is right."""
+    exact, rounded = tables(64)
+    query, key, value = (t.half() for t in draw(1, 4, 2, 1, 640, 64))
+    for keys in (600, 601, 608, 609, 640, 600):
+        wanted = shifted_attention(
+            query.double(), key[:, :, :keys].double(), value[:, :, :keys].double(), exact, 33, scaling=0.1
+        )
+        part = [t[:, :, :keys].contiguous().to(DEVICE) for t in (key, value)]
+        found = kernels.shifted_attention(query.to(DEVICE), *part, rounded, 33, scaling=0.1, splits=3)
+        close(found, wanted, 1e-2)
+        # Pointers and strides that no wide load can be made of, by the way of old.
+        odd = [torch.nn.functional.pad(t, (1, 2))[..., 1:-2] for t in part]
+        found = kernels.shifted_attention(query.to(DEVICE), *odd, rounded, 33, scaling=0.1, splits=3)
+        close(found, wanted, 1e-2)
+
+
 def test_merging():
     """Softmaxes over two halves of the keys, merged, are the softmax over all."""
     query, key, value = draw(2, 3, 3, 40, 40, 24)

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -108,41 +108,85 @@ def shifted_attention(
         raise UserError(f"scaling is {scaling}: give a number above 0.")
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     groups = heads // kept
-    padded = max(16, triton.next_power_of_2(size))
+    padded = max(16, _power(size))
     few = rows * groups <= FEW_ROWS
+    wide = query.dtype == torch.float32
     if launch is None:
-        table = FLOAT32 if query.dtype == torch.float32 else FEW if few else MANY
-        launch = table[max(64, padded)]
-    block = min(launch.rows, max(16, triton.next_power_of_2(rows * groups)))
-    blocks = triton.cdiv(rows * groups, block)
+        launch = (FLOAT32 if wide else FEW if few else MANY)[max(64, padded)]
+    block = min(launch.rows, max(16, _power(rows * groups)))
+    blocks = _cuts(rows * groups, block)
     if splits is None:
         wanted = PROGRAMS * _multiprocessors(query.device) // (batch * kept * blocks) if few else 1
         splits = max(1, min(wanted, keys // LEAST_KEYS))
     # Each cut begins at a whole block of keys.
-    span = triton.cdiv(triton.cdiv(keys, splits), launch.keys) * launch.keys
-    splits = triton.cdiv(keys, span)
+    span = _cuts(_cuts(keys, splits), launch.keys) * launch.keys
+    splits = _cuts(keys, span)
     out = query.new_empty(batch, rows, heads, size)
     partial, lse = out, out
     if splits > 1:
         partial = query.new_empty((splits, batch, rows, heads, size), dtype=torch.float32)
         lse = query.new_empty((splits, batch, rows, heads), dtype=torch.float32)
     hidden = None if lefts is None or not any(lefts) else torch.tensor(lefts, dtype=torch.int32, device=query.device)
+    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
+    numbers = batch, kept, rows, keys, shift, span
+    # In the order of the kernel's last parameters.
+    constants = (
+        groups, size, padded, block, launch.keys, hidden is not None, splits > 1, _INTERPRETED or wide,
+        "tf32x3" if wide else "ieee",
+    )  # fmt: skip
+    known = None
+    pointers = query.data_ptr() | key.data_ptr() | value.data_ptr()
+    if few and not _INTERPRETED and pointers % 16 == 0 and all(n % 16 == 0 and n < 2**31 for n in strides):
+        # All that decides how the kernel is compiled; the numbers that are left out are not specialised upon.
+        known = query.device, query.dtype, batch, kept, shift, launch, constants
     with _on(query.device):
-        _attention_kernel[(blocks, splits, batch * kept)](
-            query, key, value, partial, lse, *turn, turn.partner if hidden is None else hidden,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            batch, kept, rows, keys, shift, span, scaling * _LOG2_E,
-            GROUPS=groups, SIZE=size, PADDED=padded, BLOCK=block, KEYS=launch.keys, LEFT=hidden is not None,
-            SPLIT=splits > 1, WIDE=_INTERPRETED or query.dtype == torch.float32,
-            PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
-            num_warps=launch.warps, num_stages=launch.stages,
+        _run(
+            _attention_kernel, (blocks, splits, batch * kept),
+            (
+                query, key, value, partial, lse, *turn, turn.partner if hidden is None else hidden, *strides, *numbers,
+                scaling * _LOG2_E, *constants,
+            ),
+            launch, known,
         )  # fmt: skip
         if splits > 1:
-            _join_kernel[(batch * rows * heads,)](
-                partial, lse, out, batch * rows * heads, splits,
-                SIZE=size, PADDED=padded, SPLITS=triton.next_power_of_2(splits), num_warps=4,
+            _run(
+                _join_kernel, (batch * rows * heads, 1, 1),
+                (partial, lse, out, batch * rows * heads, splits, size, padded, _power(splits)), _JOIN,
+                None if known is None else (query.device, query.dtype, size, _power(splits)),
             )  # fmt: skip
     return out.transpose(1, 2)
+
+
+_JOIN = Launch(0, 0, 4, 3)
+_READY: dict[tuple[object, ...], Any] = {}
+
+
+def _run(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    launch: Launch,
+    known: tuple[object, ...] | None,
+) -> None:
+    """Launches a kernel; one that is known by all it was compiled for, without being looked up argument by argument.
+
+    That saves more than half of what a launch costs, and a decoding step is made of launches.
+    """
+    if known is not None and (ready := _READY.get((kernel, *known))) is not None:
+        ready[grid](*arguments)
+        return
+    made = kernel[grid](*arguments, num_warps=launch.warps, num_stages=launch.stages)
+    if known is not None:
+        _READY[kernel, *known] = made
+
+
+def _power(n: int) -> int:
+    """Returns the least power of two from n on; Triton's own function takes longer than a launch may."""
+    return 1 << (n - 1).bit_length()
+
+
+def _cuts(n: int, size: int) -> int:
+    return -(-n // size)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
@@ -155,9 +199,9 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
         more_lse: As ``lse``.
     """
     batch, heads, rows, size = out.shape
-    padded, block = triton.next_power_of_2(size), 32
+    padded, block = _power(size), 32
     with _on(out.device):
-        _merge_kernel[(triton.cdiv(rows, block), batch * heads)](
+        _merge_kernel[(_cuts(rows, block), batch * heads)](
             out, lse, more, more_lse, heads, rows,
             *out.stride()[:3], *more.stride()[:3], *lse.stride(), *more_lse.stride(),
             SIZE=size, PADDED=padded, BLOCK=block, num_warps=4,

@@ -153,13 +153,16 @@ def match(
         here, there = both.to(wide).chunk(2)
         length = here.norm().clamp(min=torch.finfo(wide).tiny)
         best, choice = float((there - here).norm() / length), None
-        for rotation in [*known, *candidates(modules, both.shape[-1])]:
-            if rotation.start + 2 * len(rotation.frequencies) > both.shape[-1]:
-                continue
-            miss = float((rotation.by(there, -distance) - here).norm() / length)
-            # Layers share one object where they can, and with it the tables.
-            if miss < best and (choice is None or choice not in known or miss < best / 2):
-                best, choice = miss, rotation
+        # Layers share one object where they can, and with it the tables: others are tried where none of these is right.
+        for rotations in (known, candidates(modules, both.shape[-1])):
+            if best < TOLERANCE:
+                break
+            for rotation in rotations:
+                if rotation.start + 2 * len(rotation.frequencies) > both.shape[-1]:
+                    continue
+                miss = float((rotation.by(there, -distance) - here).norm() / length)
+                if miss < best:
+                    best, choice = miss, rotation
         if best < TOLERANCE:
             found[layer] = choice
             if choice is not None and choice not in known:
