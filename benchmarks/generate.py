@@ -3,7 +3,7 @@
     python benchmarks/generate.py [--device cuda] [--quick] [--output results/benchmarks/generate.json]
 
 A Llama with random weights and no end token, the same prompts, greedy; both are timed with tokenizing and decoding, in
-turn, and the ratio is the median over rounds. What the loop adds: prompts are checked, scores looked at for NaN, and each
+turn, and the ratio is the median over rounds. What the loop adds: prompts are checked, scores looked at for NaN, each
 row ends by itself. Target: at least 0.95 of stock. Made for about 1 minute on one core that is free.
 """
 
