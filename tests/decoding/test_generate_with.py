@@ -122,6 +122,7 @@ def test_what_cannot_be_is_said_before_any_token(folder, tmp_path, monkeypatch):
     for methods, keys, sentence in [
         ([DRAFT, DRAFT], {}, "given twice"),
         (["strng"], {}, "did you mean 'string'"),
+        ([STRING], {"compare": True, "answer_field": "gold"}, "No row has right answers"),
         ([], {"compare": True}, "name one with --with"),
         ([], {"top_p": 0.5}, "temperature 0"),
         ([], {"samples": 2}, "would be the same"),

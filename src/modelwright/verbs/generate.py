@@ -95,6 +95,11 @@ class Generate:
                 raise UserError("--compare sets a method beside none: name one with --with.")
             check_output(page, self.force)
         records = Records(self.prompts, self.prompt_field, field_option="prompt_field") if self.prompts else None
+        if self.compare and self.answer_field is not None:
+            from modelwright.evaluation.answers import answers_of
+
+            if not any(answers_of(record.row, self.answer_field) for record in records or ()):
+                raise UserError(f"No row has right answers in the field '{self.answer_field}': check --answer-field.")
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
         folder = Path(self.model)
