@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
+from modelwright.errors import UserError
 from modelwright.options import Arg
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class MultiDraftOptions:
         from modelwright.decoding.companion import load_companion
         from modelwright.decoding.multi_draft.decoding import MultiDraftDecoding
 
+        if not self.draft and not self.prompt_lookup and self.early_exit is None:
+            raise UserError("There is nothing to draft with: give draft, early_exit or prompt_lookup.")
         options = {
             name: getattr(self, name)
             for name in (
