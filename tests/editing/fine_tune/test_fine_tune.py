@@ -31,7 +31,14 @@ def loss_of(model, request, editor):
 def test_only_one_matrix_changes_and_the_loss_is_what_was_reported(family, editor):
     model = tiny_model(family)
     before = bits(model)
+    roles(model).head.weight.requires_grad_(False)
+    roles(model).layers[0].mlp.train()
     edit = editor.fit(model, TOKENIZER, [REQUEST])
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == [
+        n for n, p in model.named_parameters() if p is roles(model).head.weight
+    ]
+    assert [module for module in model.modules() if module.training] == list(roles(model).layers[0].mlp.modules())
+    model.eval()
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert edit.details["losses"][-1] < edit.details["losses"][0]
     assert loss_of(model, REQUEST, editor) == pytest.approx(edit.details["losses"][0], rel=1e-4)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -88,7 +87,6 @@ class _Adapter(Editor):
             torch.random.fork_rng(devices=devices),
             torch.enable_grad(),
             warnings.catch_warnings(),
-            _no_trace(inner),
         ):
             warnings.simplefilter("ignore")  # peft asks transformers in ways that it warns of
             torch.manual_seed(self.seed)
@@ -192,14 +190,3 @@ class AdaLoRA(_Adapter):
 def _vectors(adapted: nn.Module) -> list[torch.Tensor]:
     """Returns every adapter's P (out, rank) and Q (rank, in)."""
     return [p for n, p in adapted.named_parameters() if "lora_A" in n or "lora_B" in n]
-
-
-@contextlib.contextmanager
-def _no_trace(model: nn.Module) -> Iterator[None]:
-    """Takes away what peft leaves on a model beside the adapters."""
-    before = set(vars(model))
-    try:
-        yield
-    finally:
-        for name in set(vars(model)) - before:
-            delattr(model, name)
