@@ -19,7 +19,7 @@ class EditModel:
     """
 
     model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
-    method: Annotated[str, Arg("Editor, such as rome, memit, pmet, fine-tune, lora, ice or grace.")]
+    method: Annotated[str, Arg("Editor, such as rome, memit, pmet, ft-m, lora, ice or grace.")]
     requests: Annotated[
         list[str],
         Arg(

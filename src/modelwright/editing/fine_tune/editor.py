@@ -84,10 +84,10 @@ class _FineTune(Editor):
                         if self.norm_constraint is not None:
                             clamp_(weight, original.float(), self.norm_constraint)
                 losses.append(total / len(requests))
-                if progress is not None:
-                    progress.advance(1, f"loss {losses[-1]:.3g}")
                 if losses[-1] < self.stop_loss:
                     break
+        if progress is not None:
+            progress.advance(len(requests), f"loss {losses[-1]:.3g}")
         change = (weight.detach() - original.float()).to("cpu")
         details = {"layer": layer, "passes": len(losses), "losses": losses, "largest_change": float(change.abs().max())}
         return WeightEdit(self.name, model_fingerprint(model), {name: Dense(change)}, requests, details)

@@ -68,4 +68,6 @@ class ICE(Editor):
     ) -> ContextEdit:
         """See :meth:`Editor.fit`; there is nothing to fit."""
         check_requests(requests)
+        if progress is not None:
+            progress.advance(len(requests))
         return ContextEdit(self.name, None, requests)

@@ -107,7 +107,6 @@ class _Adapter(Editor):
                         self._after_step(adapted.base_model, step)
                         total, step = total + float(loss.detach()), step + 1
                     losses.append(total / len(batches))
-                    progress.advance(1, f"loss {losses[-1]:.3g}")
                 deltas = {}
                 for name, projection in targets.items():
                     u, v = self._factors(inner.get_submodule(name))
@@ -116,6 +115,7 @@ class _Adapter(Editor):
                     )
             finally:
                 adapted.unload()
+        progress.advance(len(requests), f"loss {losses[-1]:.3g}")
         return WeightEdit(self.name, model_fingerprint(model), deltas, requests, {"losses": losses})
 
     def _targets(self, model: PreTrainedModel) -> dict[str, Projection]:
