@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from editing.small_facts import TOKENIZER, requests, trained
-from modelwright.editing import EditRequest
+from modelwright.editing import EditRequest, KeyStatistics
+from modelwright.editing.contexts import sample_contexts
 from modelwright.editing.hooks import changed_output, seen_output
 from modelwright.editing.subject import encode_pair, locate
 from modelwright.editing.target import Optimisation, optimise_targets
+from modelwright.editing.trace import causal_trace
 from modelwright.errors import UserError
 from modelwright.models.roles import roles
 from modelwright.models.tiny import FAMILIES, byte_tokenizer, tiny_model
@@ -209,6 +211,21 @@ def test_a_loss_that_is_not_finite_is_named():
         model.lm_head.weight[3, 4] = torch.nan
     with pytest.raises(UserError, match="loss of the request 'The capital of Rome is' is not finite"):
         optimise_targets(model, BYTES, MIXED[:1], modules_of(model, 0, "mlp"), 0, Optimisation(steps=2))
+
+
+def test_another_models_tokenizer_and_too_long_a_prompt_are_refused():
+    few = tiny_model("llama", vocab_size=50)
+    with pytest.raises(UserError, match="it is another model's"):
+        optimise_targets(few, BYTES, MIXED, modules_of(few, 0, "mlp"), 0, Optimisation())
+    with pytest.raises(UserError, match="it is another model's"):
+        sample_contexts(few, BYTES, [(2, 1)])
+    with pytest.raises(UserError, match="it is another model's"):
+        KeyStatistics.collect(few, BYTES, ["abc"], [0])
+    with pytest.raises(UserError, match="it is another model's"):
+        causal_trace(few, BYTES, MIXED)
+    short = tiny_model("llama", max_position_embeddings=20)
+    with pytest.raises(UserError, match="but the model reads 20"):
+        optimise_targets(short, BYTES, MIXED, modules_of(short, 0, "mlp"), 0, Optimisation())
 
 
 def test_a_layer_that_nothing_reads_is_refused():

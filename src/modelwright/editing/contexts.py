@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelwright.editing.edit import unedited
-from modelwright.editing.subject import encode_prompt
+from modelwright.editing.subject import check_tokens, encode_prompt
 from modelwright.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def sample_contexts(
     with unedited(model):
         for length, count in lengths:
             rows = [encode_prompt(tokenizer, starter) for starter in STARTERS for _ in range(count)]
+            check_tokens(model, [[*row, *([0] * length)] for row in rows])
             for _ in range(length if rows else 0):
                 logits = _next_logits(model, rows)
                 values, tokens = logits.topk(min(top_k, logits.shape[-1]))

@@ -21,6 +21,7 @@ from modelwright.data.records import Records
 from modelwright.editing.edit import base_fingerprint, unedited
 from modelwright.editing.editor import check_layer
 from modelwright.editing.hooks import Stop, seen_input
+from modelwright.editing.subject import check_tokens
 from modelwright.errors import UserError
 from modelwright.models.roles import roles
 from modelwright.models.scoring import resolve_window
@@ -135,6 +136,7 @@ class KeyStatistics:
         with unedited(model), _exact():
             while found.count < n_tokens and (group := list(itertools.islice(stream, _DOCUMENTS))):
                 rows = list(_rows(tokenizer, group, length, n_tokens - found.count))
+                check_tokens(model, rows)
                 for batch in _batches(rows, batch_tokens):
                     _add(model, {layer: downs[layer].module for layer in layers}, grams, batch)
                     seen = sum(map(len, batch))

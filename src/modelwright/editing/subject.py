@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelwright.errors import UserError
+from modelwright.models.scoring import context_length
 from modelwright.models.tokenizers import leading_ids
 
 if TYPE_CHECKING:
@@ -57,6 +59,26 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
     if len(tail := _plain(tokenizer, between + target)) == 0:
         raise UserError(f"The target {target!r} has no tokens in this tokenizer.")
     return head, tail
+
+
+def check_tokens(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Refuses tokens that a model does not know, and more of them than it reads.
+
+    Args:
+        model: A causal language model.
+        rows: Token ids, row by row.
+
+    Raises:
+        UserError: One of these.
+    """
+    longest, vocabulary = context_length(model), model.get_input_embeddings().weight.shape[0]
+    width, top = max(map(len, rows), default=0), max((max(row) for row in rows if row), default=0)
+    if longest is not None and width > longest:
+        raise UserError(f"A prompt in its context has {width} tokens, but the model reads {longest}: shorten it.")
+    if top >= vocabulary:
+        raise UserError(
+            f"The tokenizer gives token {top}, but the model knows only {vocabulary}: it is another model's."
+        )
 
 
 def locate(

@@ -22,10 +22,9 @@ from torch import nn
 
 from modelwright.editing.hooks import changed_output, first, seen_output, with_first
 from modelwright.editing.requests import EditRequest
-from modelwright.editing.subject import FactToken, encode_pair, locate
+from modelwright.editing.subject import FactToken, check_tokens, encode_pair, locate
 from modelwright.errors import UserError
 from modelwright.models.roles import Roles, roles
-from modelwright.models.scoring import context_length
 from modelwright.progress import Progress
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ def optimise_targets(
         resume = parts.family in _RESUMABLE
     wanted = kl_prompt if options.kl_factor > 0 else None
     rows = [_rows_of(tokenizer, i, r, contexts, fact_token, wanted) for i, r in enumerate(requests)]
-    _check_fits(model, rows)
+    check_tokens(model, [row.ids + row.labels[-1:] for own in rows for row in own])
     if layer == len(parts.layers) - 1:
         for request, own in zip(requests, rows):
             if any(row.labels and row.asked[0] > row.fact for row in own):
@@ -195,18 +194,6 @@ def optimise_targets(
         tuple(torch.stack([d[s] for d in deltas]) for s in range(len(modules))),
         losses,
     )
-
-
-def _check_fits(model: Any, rows: Sequence[Sequence[_Row]]) -> None:
-    longest, vocabulary = context_length(model), model.get_input_embeddings().weight.shape[0]
-    width = max(len(row.ids) + 1 for own in rows for row in own)
-    if longest is not None and width > longest:
-        raise UserError(f"A prompt in its context has {width} tokens, but the model reads {longest}: shorten it.")
-    top = max(max(row.ids + row.labels) for own in rows for row in own)
-    if top >= vocabulary:
-        raise UserError(
-            f"The tokenizer gives token {top}, but the model knows only {vocabulary}: it is another model's."
-        )
 
 
 @contextlib.contextmanager

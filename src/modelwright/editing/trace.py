@@ -16,7 +16,7 @@ from torch import nn
 
 from modelwright.editing.hooks import changed_output, seen_output
 from modelwright.editing.requests import EditRequest
-from modelwright.editing.subject import encode_pair, subject_span
+from modelwright.editing.subject import check_tokens, encode_pair, subject_span
 from modelwright.errors import UserError
 from modelwright.models.roles import roles
 from modelwright.progress import Progress
@@ -104,6 +104,7 @@ def causal_trace(
             raise UserError(f"There is no '{kind}' in the layers of this '{parts.family}' model.")
         modules[kind] = [getattr(part, found) for part in parts.layers]
     spans = [subject_span(tokenizer, request.text, request.subject) for request in requests]
+    check_tokens(model, [ids for ids, _, _ in spans])
     subjects = torch.tensor([t for ids, first, last in spans for t in ids[first : last + 1]], device=model.device)
     if not len(subjects):
         raise UserError("There is no fact to trace.")
