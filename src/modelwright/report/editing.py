@@ -57,7 +57,7 @@ def render_single(
     detail += [{"label": s["method"], "cells": [_share(s["parts"].get(p)) for p in parts]} for s in scores]
     page = {
         "title": title,
-        "items": max((s["items"] for s in scores), default=0),
+        "facts": max((s["items"] for s in scores), default=0),
         "advice": result["advice"],
         "columns": [name.capitalize() for name in present],
         "table": table,

@@ -22,7 +22,10 @@ def test_edits_that_a_model_stands():
     assert stands([state(0, 0.8), state(10, 0.8), state(50, 0.73), state(100, 0.7)]) == 50
     assert stands([state(0, 0.8), state(10, 0.8), state(50, 0.8, collapsed=True)]) == 10
     assert stands([state(0, 0.8), state(1, 0.1), state(10, 0.8)]) == 0
-    assert stands([state(0, 0.0), state(1, 0.0)]) == 1  # what was never there cannot be lost
+    assert stands([state(0, 0.09), state(1, 0.0)]) == 1  # what was never there cannot be lost
+    guessing = [{**state(n, 0.0), "arithmetic": {"likelihood": v, "chance": 0.25}} for n, v in ((0, 0.3), (1, 0.2))]
+    assert stands(guessing) == 1
+    assert "none of the abilities" in advice({"rome": guessing})
     assert stands([]) == 0
 
 

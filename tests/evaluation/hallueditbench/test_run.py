@@ -183,6 +183,7 @@ def test_from_facts_to_a_page(folder, tmp_path):
     assert said["scores"]["ft-m"]["efficacy"] == 1.0
     html = page.read_text()
     assert said["advice"].split(":")[0] in html
+    assert "3 facts that the model had wrong" in html
     assert "Five dimensions" in html
     assert "Where is Bo?" in html
     assert "<svg" in html

@@ -10,6 +10,9 @@ KEPT = 0.9
 #: Edits count as written while this share of all of them is answered.
 WRITTEN = 0.8
 
+#: Above chance by more than this (share of right answers), an ability is there at all.
+ABOVE = 0.1
+
 _OWN = {"n", "delta_norms", "perplexity", "kl", "max_logit", "repeated", "retention", "max_delta_norm", "collapsed"}
 
 
@@ -22,18 +25,28 @@ def abilities(state: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def present(state: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the abilities that a model has: those that are above guessing by more than :data:`ABOVE`."""
+    found = {}
+    for key, value in abilities(state).items():
+        name, _, metric = key.rpartition(".")
+        guessed = state[name].get("chance", 0.0) if metric == "likelihood" else 0.0
+        if value > guessed + ABOVE:
+            found[key] = value
+    return found
+
+
 def stands(states: Sequence[Mapping[str, Any]], kept: float = KEPT) -> int:
     """Returns the largest checkpoint up to which nothing collapsed and every ability kept its share.
 
-    The first state is the base where it is that of 0 edits; without it, the first one counts as unharmed. An ability
-    that was absent from the start is not asked for.
+    The first state is the base where it is that of 0 edits; without it, the first one counts as unharmed. What the
+    model cannot do at the start, or does by guessing, cannot be lost and is not looked at.
     """
-    base = abilities(states[0]) if states else {}
+    base = present(states[0]) if states else {}
     last = 0
     for state in states:
         now = abilities(state)
-        harmed = [name for name, value in base.items() if value > 0 and now.get(name, 0.0) < kept * value]
-        if state.get("collapsed") or harmed:
+        if state.get("collapsed") or any(now.get(name, 0.0) < kept * value for name, value in base.items()):
             return last
         last = int(state["n"])
     return last
@@ -57,6 +70,8 @@ def advice(runs: Mapping[str, Sequence[Mapping[str, Any]]], kept: float = KEPT) 
     reached = {method: stands(states, kept) for method, states in runs.items()}
     first = {m: next((s["retention"]["all"] for s in states if s["n"] > 0), None) for m, states in runs.items()}
     able = [m for m in runs if (written(runs[m], max(reached[m], 1)) or first[m] or 0.0) >= WRITTEN]
+    if not any(present(states[0]) for states in runs.values() if states):
+        return "This model has none of the abilities that were tested, so nothing can be said about their loss."
     if not able:
         return "None of these editors writes its facts into this model as it is set: tune them before use."
     best = max(able, key=lambda m: (reached[m], written(runs[m], reached[m]) or 0.0))
