@@ -38,7 +38,7 @@ _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {
         # About 15M and 1M parameters.
-        "target": (384, 1024, 8, 6), "draft": (128, 344, 4, 4), "steps": (300, 600), "batch": 8, "vocabulary": 2048,
+        "target": (384, 1024, 8, 6), "draft": (128, 344, 4, 4), "steps": (400, 300), "batch": 8, "vocabulary": 2048,
         "chunks": 3000, "rounds": 8, "new": 128, "blocks": 3000, "rows": 40, "places": 400,
     },
     "cuda": {
