@@ -42,8 +42,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "chunks": 3000, "rounds": 8, "new": 128, "blocks": 3000, "rows": 40, "places": 400,
     },
     "cuda": {
-        "target": (1536, 4096, 24, 12), "draft": (512, 1376, 4, 8), "steps": (400, 800), "batch": 48,
-        "vocabulary": 8192, "chunks": 6000, "rounds": 6, "new": 128, "blocks": 3000, "rows": 100, "places": 300,
+        "target": (1024, 2816, 24, 16), "draft": (512, 1376, 4, 8), "steps": (500, 300), "batch": 48,
+        "vocabulary": 8192, "chunks": 6000, "rounds": 5, "new": 128, "blocks": 3000, "rows": 100, "places": 300,
     },
     "quick": {
         "target": (64, 172, 3, 4), "draft": (32, 86, 1, 2), "steps": (10, 10), "batch": 4, "vocabulary": 400,
@@ -59,7 +59,7 @@ def trained(shape: tuple[int, ...], steps: int, size: dict[str, Any], ids: torch
     sizes = {**dict(zip(_FIELDS, shape, strict=True)), "max_position_embeddings": 1024}
     device = ids.device.type
     model = new_model(new_config("llama", sizes, tokenizer)).to(device).train()
-    rate = 4e-3 if shape[0] <= 64 else 2e-3 if shape[0] <= 128 else 1e-3 if shape[0] <= 512 else 4e-4
+    rate = 4e-3 if shape[0] <= 64 else 2e-3 if shape[0] <= 128 else 1e-3 if shape[0] <= 512 else 6e-4
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)
     draws = torch.Generator().manual_seed(0)
     began = time.perf_counter()
