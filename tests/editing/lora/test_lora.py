@@ -110,6 +110,13 @@ def test_the_seed_decides():
     assert one.details["losses"] == two.details["losses"] != other.details["losses"]
 
 
+def test_dropout_is_on_in_training_only():
+    model = tiny_model("llama")
+    dropped, whole = (LoRA(steps=4, dropout=d).fit(model, TOKENIZER, [REQUEST]) for d in (0.5, 0.0))
+    assert dropped.details["losses"][0] == whole.details["losses"][0]  # the adapter starts at 0
+    assert dropped.details["losses"][1:] != whole.details["losses"][1:]
+
+
 def test_after_an_interrupted_fit_the_model_is_as_before(monkeypatch):
     model = tiny_model("llama")
     before = trace(model)

@@ -116,6 +116,22 @@ def test_the_training_loss_is_the_formula():
     assert found == pytest.approx(0.3 * nll + 2.0 * divergence, rel=1e-3)
 
 
+def test_rows_without_gradient_do_not_enter_the_moments_and_validation_adds_none():
+    model = tiny_model("llama")
+    editor, maps = untrained(model)
+    with trainable_only(model, [m.base.weight for m in maps]):
+        factors, _ = edit_factors(model, TOKENIZER, maps, FACTS[0])
+        # Of the last layer only the position that predicts the one token of the target has a gradient.
+        assert [len(x) for x, _ in factors[3:]] == [1, 1, 1]
+        assert all(bool((d != 0).any(1).all()) for _, d in factors)
+        lesson = Lessons(FACTS).at(0)
+        editor._loss(model, TOKENIZER, maps, editor.networks, lesson)
+        counts = [float(t.inputs.count) for t in editor.networks.transforms.values()]
+        assert counts == [0.0] * len(counts)
+        editor._loss(model, TOKENIZER, maps, editor.networks, lesson, observe=True)
+        assert all(float(t.inputs.count) > 0 for t in editor.networks.transforms.values())
+
+
 @pytest.mark.slow
 def test_training_leaves_the_model_as_it_was_and_learns():
     model = tiny_model("llama")
