@@ -114,6 +114,20 @@ def test_interrupted_in_either_pass_it_continues(folder, tmp_path):
     assert not list(tmp_path.glob("*.partial.jsonl"))
 
 
+def test_line_separators_of_unicode_do_not_break_what_was_kept(tmp_path):
+    path, plan = tmp_path / "a.jsonl.partial.jsonl", {"seed": 1}
+    kept = [{"row": {"completion": text}, "ids": [1], "seconds": 0.1} for text in ("a\u2028b", "c\x85d\x0ce")]
+    one = running.Pass(path, "own", Parts())
+    one.open(plan, 1, False)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        stream.write('{"row": {"completion": "tor\u2028n')
+    again = running.Pass(path, "own", Parts())
+    again.open(plan, 1, False)
+    assert again.done == 2
+    assert list(again.lines()) == kept
+
+
 def test_what_cannot_be_is_said_before_any_token(folder, tmp_path, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError

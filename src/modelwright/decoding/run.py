@@ -190,13 +190,14 @@ class Pass:
         """Prepares the file, and counts what is in it already."""
         header = json.dumps({"plan": plan}, default=str) + "\n"
         old = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        lines = old.splitlines(keepends=True)
+        # Not splitlines: a completion may hold U+2028 or U+0085, which JSON leaves as they are. The last may be torn.
+        lines = [line + "\n" for line in old.split("\n")[:-1]]
         if len(lines) > 1 and lines[0] != header and not force:
             raise UserError(
                 f"{self.path} holds an unfinished run with other options: repeat that command to finish it, or give "
                 f"--force."
             )
-        whole = [line for line in lines[1:] if line.endswith("\n")] if lines and lines[0] == header else []
+        whole = lines[1:] if lines and lines[0] == header else []
         self.done = len(whole) // samples
         with atomic_path(self.path, force=True) as new:
             new.write_text(header + "".join(whole[: self.done * samples]), encoding="utf-8")

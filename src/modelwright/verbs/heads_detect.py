@@ -160,12 +160,14 @@ def _reopen(partial: Path, plan: dict[str, Any], force: bool) -> list[Sample]:
     from modelwright.files import atomic_path
 
     header = json.dumps({"plan": plan}, default=str) + "\n"
-    lines = partial.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if partial.exists() else []
+    text = partial.read_text(encoding="utf-8", errors="replace") if partial.exists() else ""
+    # Not splitlines: a completion may hold U+2028 or U+0085, which JSON leaves as they are. The last may be torn.
+    lines = [line + "\n" for line in text.split("\n")[:-1]]
     if len(lines) > 1 and lines[0] != header and not force:
         raise UserError(
             f"{partial} holds an unfinished run with other options: repeat that command to finish it, or give --force."
         )
-    whole = [line for line in lines[1:] if line.endswith("\n")] if lines and lines[0] == header else []
+    whole = lines[1:] if lines and lines[0] == header else []
     with atomic_path(partial, force=True) as new:
         new.write_text(header + "".join(whole), encoding="utf-8")
     rows = [json.loads(line) for line in whole]

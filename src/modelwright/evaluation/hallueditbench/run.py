@@ -209,7 +209,7 @@ class _Store:
             return
         header = json.dumps({"plan": plan})
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1].splitlines()
+        whole = text.split("\n")[:-1]  # not splitlines: an answer may hold U+2028, which JSON leaves as it is
         if whole and whole[0] != header:
             if not force:
                 raise UserError(
@@ -255,7 +255,7 @@ def read_rows(path: Path) -> list[Row]:
         UserError: It is none.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         if "plan" not in lines[0]:
             raise ValueError("its first line is no plan")
     except (OSError, ValueError, IndexError, TypeError) as error:
