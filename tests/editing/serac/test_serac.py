@@ -246,6 +246,24 @@ def test_the_training_loss_is_the_formula():
     divergence = float((base[1] * (base[1].log() - mixed[1].log())).sum(-1).mean())
     assert float(scores[0]) > 0.01
     assert found == pytest.approx(0.3 * nll + 2.0 * divergence, rel=1e-3)
+    editor.edit_weight = 0.0
+    found = float(editor._loss(model, TOKENIZER, editor.parts, lesson).detach())
+    assert found == pytest.approx(2.0 * divergence, rel=1e-2, abs=1e-7)
+
+
+def test_the_threshold_decides_and_the_start_spreads_the_edits():
+    model = tiny_model("llama")
+    editor = editor_with(model, spread=1.0)
+    editor._spread(editor.parts, model, TOKENIZER, FACTS)
+    edit = editor.fit(model, TOKENIZER, FACTS)
+    squares = torch.cdist(edit.memory, edit.memory).square()
+    assert float(squares.sum()) / 30 == pytest.approx(2.0, rel=1e-3)
+    score = float(edit.scope(model, ["Something"])[0])
+    assert 0 < score < 1
+    edit.threshold = score * 0.99
+    assert int(edit.scope(model, ["Something"])[1]) >= 0
+    edit.threshold = min(score * 1.01, 1.0)
+    assert int(edit.scope(model, ["Something"])[1]) == -1
 
 
 @pytest.mark.slow
