@@ -2,13 +2,14 @@
 
 import csv
 import json
+import math
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
 
-from modelwright.decoding.parts import Applied, Parts, read_parts
+from modelwright.decoding.parts import RULED_OUT, Applied, Parts, read_parts
 from modelwright.errors import UserError
 from modelwright.evaluation import memotrap, nq_swap
 from modelwright.evaluation.continuations import Continuation, score_continuations, split
@@ -159,3 +160,23 @@ def test_under_a_context_scores_change_and_come_back():
         assert list(score_continuations(applied, pairs)) != plain
     with Parts().on(model, TOKENIZER) as applied:
         assert list(score_continuations(applied, pairs)) == plain
+
+
+def test_texts_that_a_method_rules_out_can_still_be_compared():
+    model = tiny_model("llama", seed=1)
+    with read_parts(["dola: {layers: '0,1', relative_top: 1.0}"]).on(model, TOKENIZER) as applied:
+        ids = torch.tensor([TOKENIZER("a prompt")["input_ids"]])
+        best = TOKENIZER.decode(model(ids).logits[0, -1].argmax())
+        texts = ["xyz", "xy", "x"]
+        assert best[:1] not in texts
+        scores = list(score_continuations(applied, [Continuation("a prompt", text) for text in texts]))
+    assert all(math.isfinite(score) for score in scores)
+    assert scores[0] < scores[1] < scores[2] == RULED_OUT
+
+
+def test_scores_that_are_not_numbers_are_refused():
+    model = tiny_model("llama", seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = math.nan
+    with Parts().on(model, TOKENIZER) as applied, pytest.raises(UserError, match="are not numbers"):
+        list(score_continuations(applied, [Continuation("a prompt", "end")]))

@@ -133,6 +133,18 @@ def test_a_method_with_a_law_of_its_own_scores_by_it(model, batch_size):
     assert texts != plain[2]
 
 
+def test_what_shares_a_batch_changes_no_score_of_a_law_that_looks_at_whole_texts(model):
+    alone = [
+        make(MethodLM, model, "activation-decoding: {relative_top: null}").loglikelihood(
+            requests("loglikelihood", [pair])
+        )[0]
+        for pair in PAIRS
+    ]
+    lm = make(MethodLM, model, "activation-decoding: {relative_top: null}", batch_size=4)
+    for (together, _), (single, _) in zip(lm.loglikelihood(requests("loglikelihood", PAIRS)), alone, strict=True):
+        assert together == pytest.approx(single, abs=1e-4)
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")

@@ -152,11 +152,14 @@ class Decoding(ABC):
         exact: Whether the law is the model's own, so that scoring may use the plain model.
         needs_context: Whether each prompt is also needed without its context, as ``without_context_ids`` and
             ``without_context_mask`` of ``generate`` and of :meth:`next_token_log_probs`.
+        looks_ahead: Whether :meth:`next_token_log_probs` of a place depends on tokens after it, so that padding on the
+            right must be in the mask.
         streamer: Gets the prompts and then each token.
     """
 
     exact: bool = False
     needs_context: bool = False
+    looks_ahead: bool = False
 
     def __init__(self, *, streamer: BaseStreamer | None = None) -> None:
         self.streamer = streamer

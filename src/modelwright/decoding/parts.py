@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     )
 
 _KINDS = ("contexts", "generators")
+#: Log-probability of a token that a method rules out, in scoring: what DoLa's official code gives it.
+RULED_OUT = -1000.0
 
 
 class Decoder(Protocol):
@@ -51,6 +53,8 @@ class Decoder(Protocol):
             names the parameters ``without_context_ids`` (B, T') and ``without_context_mask`` (B, T'), both int64 and
             padded on the left, which ``generate`` hands through; and so does ``next_token_log_probs``, where row b of
             both inputs ends in the same tokens.
+        looks_ahead: Optional, False if missing: the law of a place depends on tokens after it, so that padding must be
+            masked.
         stats: Optional: an object with ``as_dict()`` and ``clear()`` that counts over calls.
     """
 
@@ -137,6 +141,9 @@ class Applied:
     def log_probs(self, input_ids: Tensor, attention_mask: Tensor, **without_context: Tensor) -> Tensor:
         """Returns the law that tokens are chosen by at each place, (B, T, V) float32; see :class:`Decoder`.
 
+        A token that the law rules out has :data:`RULED_OUT` and not minus infinity, so that of two texts with such
+        tokens the one with fewer still is the better.
+
         Raises:
             UserError: The method says no such law.
         """
@@ -152,7 +159,8 @@ class Applied:
                 f"{type(decoder).__name__} only generates and says no probabilities of given texts: use it for tasks "
                 f"that are scored by what is generated."
             )
-        return decoder.next_token_log_probs(self.model, input_ids, attention_mask, **without_context)
+        law = decoder.next_token_log_probs(self.model, input_ids, attention_mask, **without_context)
+        return law.clamp(min=RULED_OUT)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -51,7 +52,8 @@ def score_continuations(
         The sum of the continuation's log-probabilities (natural), given the prompt.
 
     Raises:
-        UserError: A continuation is empty, or too long for the model; or the method says no law of given texts.
+        UserError: A continuation is empty, or too long for the model; the method says no law of given texts; or a
+            score is no number.
     """
     model, tokenizer = applied.model, applied.tokenizer
     longest = context_length(model)
@@ -82,7 +84,13 @@ def score_continuations(
         law = applied.log_probs(ids, mask, **extra)
         for row, more in zip(law, lengths, strict=True):
             wanted = torch.tensor(more, device=row.device)
-            yield float(row[-len(more) :].gather(-1, wanted[:, None]).double().sum())
+            score = float(row[-len(more) :].gather(-1, wanted[:, None]).double().sum())
+            if math.isnan(score):
+                raise UserError(
+                    "The model's log-probabilities are not numbers: its weights hold values that are not finite, or "
+                    "they overflow in this dtype (try --dtype float32)."
+                )
+            yield score
 
 
 def split(

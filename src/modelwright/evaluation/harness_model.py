@@ -72,6 +72,10 @@ class MethodLM(HFLM):
                 f"modelwright generate, or modelwright evaluate nq-swap."
             )
 
+        if getattr(self.applied.decoder, "looks_ahead", False):
+            # lm-eval pads on the right without a mask: such a law must see each text alone.
+            self.batch_size_per_gpu = 1
+
     def close(self) -> None:
         """Takes the methods off the model."""
         self._methods.close()

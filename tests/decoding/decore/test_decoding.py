@@ -318,6 +318,8 @@ def test_heads_that_are_not_there_are_refused_before_anything_is_read(keys, mess
     model.register_forward_pre_hook(lambda *a: read.append(1))
     with pytest.raises(UserError, match=message):
         generate(model, DeCoReConfig(**keys))
+    with pytest.raises(UserError, match=message):
+        decore_generate(DeCoReConfig(**keys)).check(model)  # what a command asks before it begins
     assert not read
 
 

@@ -70,6 +70,8 @@ class ActivationDecoding(Decoding):
         streamer: See :class:`~modelwright.decoding.loop.Decoding`.
     """
 
+    looks_ahead = True  # the entropies of a text are over all its tokens
+
     def __init__(
         self,
         alpha: float = 0.5,

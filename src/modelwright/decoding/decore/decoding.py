@@ -27,7 +27,6 @@ from modelwright.decoding.contrast import (
 from modelwright.decoding.decore.ablation import ABLATIONS, Ablation, HeadAblation
 from modelwright.decoding.loop import Decoding, Prompt, Stream, all_logits
 from modelwright.errors import UserError
-from modelwright.models.heads import check_heads, head_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,14 +161,14 @@ class DeCoRe(Decoding):
         self.config = config
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuses heads that the model has not, and an amateur with other tokens.
+        """Refuses heads that the model has not, an ablation that it cannot have, and an amateur with other tokens.
 
         Raises:
             UserError: See above.
         """
         config = self.config
         owner = config.amateur if config.amateur is not None else model
-        check_heads(config.heads, head_layers(owner, like=config.like, output=config.output))
+        config.ablate(owner)  # which refuses heads, and an ablation that the model cannot have
         if config.amateur is not None:
             own, wanted = (_vocabulary(m) for m in (config.amateur, model))
             if own != wanted:
