@@ -5,6 +5,7 @@ import torch
 
 from decoding.decore.decore_cases import ATTENTION, INPUTS, TOKENIZER, make, rows
 from modelwright.decoding.dola import DoLaDecoding, DoLaOptions
+from modelwright.decoding.dola import decoding as module
 from modelwright.decoding.dola.decoding import divergence
 from modelwright.decoding.early_exit import EarlyExit
 from modelwright.errors import UserError
@@ -17,8 +18,9 @@ def generate(model, decoding, **keys):
     return model.generate(**keys, custom_generate=decoding)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_each_step_is_the_definition(norm):
+@pytest.mark.parametrize(("norm", "chunk"), [(False, 1 << 27), (True, 1 << 27), (True, 5000)])
+def test_each_step_is_the_definition(norm, chunk, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
     model = make(num_hidden_layers=4).double()
     decode = DoLaDecoding([0, 1, 3], norm=norm)
     out = generate(model, decode, return_dict_in_generate=True, output_logits=True)

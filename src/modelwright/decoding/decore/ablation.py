@@ -63,7 +63,10 @@ class HeadAblation:
         self.ablation = ablation
         if ablation == "mean":
             if means is None:
-                raise UserError("The ablation 'mean' needs the heads' mean outputs: give means=mean_outputs(...).")
+                raise UserError(
+                    "The ablation 'mean' needs the heads' mean outputs: give means=mean_outputs(...), or on the "
+                    "command line a safetensors file of them."
+                )
             top = max((index for index, _ in self.heads), default=0)
             if means.ndim != 3 or len(means) <= top:
                 raise UserError(

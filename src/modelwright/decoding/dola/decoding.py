@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+#: Early logits (numbers) that are held at once in scoring: 512 MiB in float32.
+_CHUNK = 1 << 27
+
 
 class DoLaDecoding(Decoding):
     """The last layer against an early one.
@@ -89,17 +92,17 @@ class DoLaDecoding(Decoding):
         at = farthest[None, ..., None].expand(1, *log_p.shape)
         return keep_plausible(log_p - log_q.gather(0, at)[0], log_p, self.relative_top)
 
-    def _all(self, model: PreTrainedModel, out: Any, last: bool) -> Tensor:
-        exit_ = EarlyExit(model, norm=self.norm)
-        at = slice(-1, None) if last else slice(None)
-        early = torch.stack([exit_(out.hidden_states[layer][:, at]) for layer in self.candidates(model)])
+    def _at(self, exit_: EarlyExit, layers: list[int], out: Any, at: slice) -> Tensor:
+        """Returns the scores behind some of the tokens that were read."""
+        early = torch.stack([exit_(out.hidden_states[layer][:, at]) for layer in layers])
         return self.combine(as_float(out.logits[:, at]), early)
 
     def scores(self, model: PreTrainedModel, prompt: Prompt) -> Generator[Tensor, Tensor, None]:
         """See :class:`~modelwright.decoding.loop.Decoding`."""
         stream, ids = Stream(model, prompt), prompt.ids[:, prompt.known :]
+        exit_, layers = EarlyExit(model, norm=self.norm), self.candidates(model)
         while True:
-            tokens = yield self._all(model, stream.read(ids, hidden=True), True)[:, 0]
+            tokens = yield self._at(exit_, layers, stream.read(ids, hidden=True), slice(-1, None))[:, 0]
             ids = tokens[:, None]
 
     @torch.no_grad()
@@ -107,8 +110,15 @@ class DoLaDecoding(Decoding):
         self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """See :class:`~modelwright.decoding.loop.Decoding`."""
-        self.check(model)
-        return self._all(model, all_logits(model, input_ids, attention_mask, hidden=True), False).log_softmax(-1)
+        exit_, layers = EarlyExit(model, norm=self.norm), self.candidates(model)
+        out = all_logits(model, input_ids, attention_mask, hidden=True)
+        # Early logits are many times the last ones: of a part of the tokens at a time.
+        step = max(1, _CHUNK // (len(layers) * len(input_ids) * exit_.vocabulary))
+        parts = [
+            self._at(exit_, layers, out, slice(begin, begin + step)).log_softmax(-1)
+            for begin in range(0, input_ids.shape[1], step)
+        ]
+        return torch.cat(parts, 1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
