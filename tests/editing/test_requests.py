@@ -78,6 +78,8 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path):
         ({"prompt": "x"}, "no field 'subject'"),
         ({"prompt": 3, "subject": "Rome", "target": "y"}, "'prompt' is 3, not text"),
         ({**good, "target": ""}, "target .* is empty"),
+        ({**good, "paraphrases": 5}, "'paraphrases' holds 5, not texts"),
+        ({**good, "paraphrases": ["a", 1]}, "'paraphrases' holds .*, not texts"),
         ({**good, "target": "Spain"}, r"edits.jsonl:1 and .*edits.jsonl:3 contradict each other"),
     ]:
         path.write_text(json.dumps(good) + "\n\n" + json.dumps(bad) + "\n")
@@ -91,6 +93,12 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path):
         read_requests(path)
     path.write_text("\n".join(json.dumps({**good, "subject": "Rome", "prompt": f"{{}} {i}"}) for i in range(9)))
     assert len(read_requests(path, limit=4)) == 4
+
+
+def test_an_empty_list_of_answers_is_none():
+    row = {"prompt": "{} is in", "subject": "Rome", "target": "Gaul"}
+    assert EditRequest.from_dict({**row, "ground_truth": []}).old_answer is None
+    assert EditRequest.from_dict({**row, "ground_truth": ["Italy", "IT"]}).old_answer == "Italy"
 
 
 def test_requests_that_contradict_each_other_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,19 @@ def token_divergence(base: torch.Tensor, other: torch.Tensor, attention_mask: to
     kept = attention_mask.bool()
     first, second = base[kept].float().log_softmax(-1), other[kept].float().log_softmax(-1)
     return (first.exp() * (first - second)).sum(-1).mean()
+
+
+def check_finite(loss: float, method: str) -> None:
+    """Refuses a loss that is no number: what would be written is nothing, or destroys the model.
+
+    Raises:
+        UserError: It is infinite or not a number.
+    """
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss of the {method} edit is not finite: the model overflows in this dtype (load it in float32 or "
+            f"bfloat16), or the learning rate is too large."
+        )
 
 
 @contextlib.contextmanager

@@ -93,7 +93,8 @@ class EditRequest:
             if not isinstance(found[field], str):
                 raise UserError(f"the field '{field}' is {found[field]!r}, not text.")
         old = found["old_answer"]
-        old = old[0] if isinstance(old, list) and old else old
+        if isinstance(old, list):
+            old = old[0] if old else None
         if old is not None and not isinstance(old, str):
             raise UserError(f"the field 'old_answer' is {old!r}, not text.")
         name = found["id"]
@@ -134,7 +135,9 @@ def _texts(value: Any) -> tuple[str, ...]:
                 value = [value]
         else:
             value = [value] if value.strip() else []
-    texts = tuple(value or ())
+    if value is None:
+        return ()
+    texts = tuple(value) if isinstance(value, list | tuple) else (None,)
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"the field 'paraphrases' holds {value!r}, not texts.")
     return texts

@@ -74,6 +74,8 @@ class EditSequence:
 
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"{self.output} is a file: choose a folder for the output.")
+        if self.limit < 1:
+            raise UserError(f"limit is {self.limit}: each ability needs at least 1 test.")
         checkpoints = _numbers(self.checkpoints)
         editors = editors_by_name(self.methods, self.options)
         requests = read_requests(self.requests)

@@ -167,11 +167,21 @@ def test_it_is_saved_and_loaded(tmp_path):
         (lambda: FTL(steps=0), "at least 1"),
         (lambda: FTM(learning_rate=0), "above 0"),
         (lambda: FTM(norm_constraint=-1.0), "above 0"),
+        (lambda: FTM(learning_rate=float("nan")), "above 0"),
     ],
 )
 def test_wrong_options(make, message):
     with pytest.raises(UserError, match=message):
         make().fit(tiny_model("llama"), TOKENIZER, [REQUEST])
+
+
+@pytest.mark.parametrize("editor", [FTL, FTM])
+def test_a_loss_that_is_not_finite_is_an_error_and_no_empty_edit(editor):
+    broken = tiny_model("llama")
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        editor().fit(broken, TOKENIZER, [REQUEST])
 
 
 def test_what_cannot_be_edited_is_refused():

@@ -283,6 +283,13 @@ def test_wrong_options_and_models():
         GRACE(layer=9).fit(tiny_model("llama"), TOKENIZER, [FREE])
     with pytest.raises(UserError, match="above 0"):
         GRACE(radius=0.0)
+    with pytest.raises(UserError, match="above 0"):
+        GRACE(learning_rate=float("nan"))
+    broken = tiny_model("llama")
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        GRACE(layer=1).fit(broken, TOKENIZER, [FREE])
     edit = GraceEdit("grace", None, Codebook(1.0, [Entry("a", torch.zeros(5), (1,), torch.zeros(4))]), 0)
     with pytest.raises(UserError, match="another model's"):
         edit.apply_(tiny_model("llama"))

@@ -147,5 +147,7 @@ def test_wrong_options():
         AdaLoRA(start_rank=4)
     with pytest.raises(UserError, match="dropout"):
         LoRA(dropout=1.0)
+    with pytest.raises(UserError, match="above 0"):
+        LoRA(learning_rate=float("nan"))
     with pytest.raises(UserError, match="no query or value"):
         LoRA().fit(tiny_model("mamba2"), TOKENIZER, [REQUEST])

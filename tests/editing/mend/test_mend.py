@@ -219,6 +219,9 @@ def test_bfloat16():
 
 
 def test_what_is_refused(tmp_path):
+    for rate in (float("nan"), -1.0):
+        with pytest.raises(UserError, match="learning_rate must be above 0"):
+            MEND(learning_rate=rate)
     model = tiny_model("llama")
     with pytest.raises(UserError, match="not trained"):
         MEND().fit(model, TOKENIZER, FACTS[:1])

@@ -316,6 +316,9 @@ def test_a_killed_training_ends_with_the_same_parts(tmp_path, monkeypatch):
 
 
 def test_what_is_refused(tmp_path):
+    for rate in (float("nan"), -1.0):
+        with pytest.raises(UserError, match="learning_rate must be above 0"):
+            SERAC(learning_rate=rate)
     model = tiny_model("llama")
     with pytest.raises(UserError, match="not trained"):
         SERAC().fit(model, TOKENIZER, FACTS[:1])

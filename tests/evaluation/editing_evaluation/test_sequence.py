@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from modelwright.editing.editor import make_editor
 from modelwright.editing.requests import EditRequest
@@ -106,6 +107,9 @@ def test_a_folder_of_another_sequence_is_refused(model, tokenizer, tmp_path):
         sequence(model, tokenizer, **other).run()
     (state,) = sequence(model, tokenizer, force=True, **other).run()
     assert state["retention"]["all"] == 1.0
+    (tmp_path / "a" / "sequence.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="holds another sequence"):
+        sequence(model, tokenizer, **other).run()
     shutil.rmtree(tmp_path / "a")
 
 
@@ -190,6 +194,24 @@ def test_likelihoods_do_not_depend_on_the_batch(model, tokenizer):
         ids = tokenizer(f"{prompt} {text}", return_tensors="pt")["input_ids"]
         n = len(tokenizer(f" {text}")["input_ids"])
         logs = model(ids).logits[0, -n - 1 : -1].log_softmax(-1).gather(1, ids[0, -n:, None])
+        assert score == pytest.approx(float(logs.mean()), abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_chats_prompt_gets_no_second_first_token(model):
+    marked = byte_tokenizer()
+    start = TemplateProcessing(
+        single=f"{marked.eos_token} $A", special_tokens=[(marked.eos_token, marked.eos_token_id)]
+    )
+    marked.backend_tokenizer.post_processor = start
+    marked.bos_token = marked.eos_token
+    assert marked("a")["input_ids"][0] == marked.bos_token_id
+    text = marked.bos_token + "a prompt"
+    ids = torch.tensor([marked(text + " x", add_special_tokens=False)["input_ids"]])
+    n = len(marked(" x", add_special_tokens=False)["input_ids"])
+    logs = model(ids).logits[0, -n - 1 : -1].log_softmax(-1).gather(1, ids[0, -n:, None])
+    for prompt in (text, "a prompt"):
+        (score,) = continuation_scores(model, marked, [(prompt, "x")])
         assert score == pytest.approx(float(logs.mean()), abs=1e-4)
 
 

@@ -71,6 +71,10 @@ def test_the_command_writes_curves_and_goes_on(folder, tmp_path):
     verb.checkpoints = ["x"]
     with pytest.raises(UserError, match="whole numbers such as"):
         verb.run(Silent())
+    verb.limit = 0
+    with pytest.raises(UserError, match="at least 1 test"):
+        verb.run(Silent())
+    verb.limit = 4
     verb.checkpoints, verb.tasks = ["1"], ["no_such_task_of_lm_eval"]
     verb.output = tmp_path / "other"
     with pytest.raises(UserError, match="lm-eval"):

@@ -94,6 +94,28 @@ def test_a_killed_run_goes_on_where_it_was(model, tokenizer, tmp_path, monkeypat
     assert len(read_rows(kept)) == 2
 
 
+def test_kept_answers_may_hold_any_character_and_a_damaged_row_is_named(model, tokenizer, tmp_path, monkeypatch):
+    kept = tmp_path / "rows.jsonl"
+    odd = "a\u2028b\x85c\x1cd"
+    monkeypatch.setattr(run, "answers", lambda model, tokenizer, prompts, *_, **__: [odd] * len(prompts))
+    loop = SingleEditing(editors={"ice": make_editor("ice")}, layout=LAYOUT)
+    rows = loop.rows(model, tokenizer, ITEMS, kept=kept)
+    assert rows[0]["probes"][0]["post"] == odd
+    assert loop.rows(model, tokenizer, ITEMS, kept=kept) == rows
+    assert read_rows(kept) == rows
+    text = kept.read_text(encoding="utf-8")
+    kept.write_text(text.replace('"before"', '"bef', 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"rows.jsonl:2 is no row of answers"):
+        loop.rows(model, tokenizer, ITEMS, kept=kept)
+
+
+def test_an_answer_without_words_that_is_the_same_has_stayed(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(run, "answers", lambda model, tokenizer, prompts, *_, **__: [""] * len(prompts))
+    rows = SingleEditing(editors={"ice": make_editor("ice")}, layout=LAYOUT).rows(model, tokenizer, ITEMS)
+    for found in (score(rows), score(rows, "word")):
+        assert (found[0].locality, found[0].efficacy, found[0].parts["rephrase"]) == (1.0, 0.0, 0.0)
+
+
 def _counting(fit, fitted):
     def counted(self, model, tokenizer, requests, **options):
         fitted.extend(r.subject for r in requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -12,7 +13,7 @@ from torch.func import functional_call
 from modelwright.editing.deltas import Dense
 from modelwright.editing.edit import WeightEdit, check_editable
 from modelwright.editing.editor import Editor
-from modelwright.editing.examples import Examples, make_examples, target_loss, trainable_only
+from modelwright.editing.examples import Examples, check_finite, make_examples, target_loss, trainable_only
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.mlp import chosen_layer, down_projection
 from modelwright.editing.requests import EditRequest, check_requests
@@ -37,7 +38,8 @@ class _FineTune(Editor):
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise UserError("steps and batch_size must be at least 1.")
-        if self.learning_rate <= 0 or (self.norm_constraint is not None and self.norm_constraint <= 0):
+        bound = 1.0 if self.norm_constraint is None else self.norm_constraint
+        if not (0 < self.learning_rate < math.inf and bound > 0):
             raise UserError("learning_rate and norm_constraint must be above 0.")
 
     def _loss(self, logits: torch.Tensor, examples: Examples) -> torch.Tensor:
@@ -84,6 +86,7 @@ class _FineTune(Editor):
                         if self.norm_constraint is not None:
                             clamp_(weight, original.float(), self.norm_constraint)
                 losses.append(total / len(requests))
+                check_finite(losses[-1], self.name)
                 if losses[-1] < self.stop_loss:
                     break
         if progress is not None:

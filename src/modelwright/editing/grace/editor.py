@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -12,7 +13,7 @@ from torch import nn
 
 from modelwright.editing.edit import edits_on
 from modelwright.editing.editor import Editor
-from modelwright.editing.examples import Examples, make_examples, target_loss, trainable_only
+from modelwright.editing.examples import Examples, check_finite, make_examples, target_loss, trainable_only
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.grace.codebook import Codebook, Entry
 from modelwright.editing.grace.edit import GraceEdit, entry_id
@@ -50,7 +51,7 @@ class GRACE(Editor):
     seed: Annotated[int, Arg("Seed of cold starts.")] = 0
 
     def __post_init__(self) -> None:
-        if self.radius <= 0 or self.learning_rate <= 0 or self.steps < 0:
+        if not (self.radius > 0 and 0 < self.learning_rate < math.inf) or self.steps < 0:
             raise UserError("radius and learning_rate must be above 0, and steps not below 0.")
 
     def fit(
@@ -126,6 +127,7 @@ class GRACE(Editor):
             for step in range(self.steps + 1):
                 loss = target_loss(model(**examples.inputs).logits, examples)
                 losses.append(float(loss.detach()))
+                check_finite(losses[-1], self.name)
                 if step < self.steps:
                     optimizer.zero_grad()
                     loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class _Adapter(Editor):
     def __post_init__(self) -> None:
         if min(self.rank, self.steps, self.batch_size) < 1:
             raise UserError("rank, steps and batch_size must be at least 1.")
-        if not 0 <= self.dropout < 1 or self.learning_rate <= 0:
+        if not 0 <= self.dropout < 1 or not 0 < self.learning_rate < math.inf:
             raise UserError("dropout must be 0 or more and below 1, and learning_rate above 0.")
 
     def _config(self, targets: list[str], total_steps: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,8 @@ class MEND(Editor):
     def __post_init__(self) -> None:
         if min(self.rank, self.hidden + 1) < 1:
             raise UserError("rank must be at least 1, and hidden not below 0.")
+        if not (0 < self.learning_rate < math.inf and 0 <= self.rate_learning_rate < math.inf):
+            raise UserError("learning_rate must be above 0, and rate_learning_rate not below 0.")
         if self.trained is not None:
             self.networks = load_networks(self.trained)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,8 @@ class SERAC(Editor):
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1 or self.others < 0:
             raise UserError("threshold must be 0 or more and below 1, and others not below 0.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError("learning_rate must be above 0.")
         if self.trained is not None:
             self.parts = SeracParts.read(Path(self.trained))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from modelwright.editing.subject import encode_prompt
 from modelwright.errors import UserError, require
 from modelwright.evaluation.asking import Layout, Turn, answers
 from modelwright.evaluation.fact_texts import Asked, FactModelTexts, ask
@@ -94,7 +95,7 @@ def continuation_scores(
     """Returns the log-probability per token of each continuation (a blank stands before it) after its prompt."""
     rows = []
     for prompt, continuation in pairs:
-        first = tokenizer(prompt)["input_ids"]
+        first = encode_prompt(tokenizer, prompt)  # a chat's text has its special tokens already
         second = tokenizer(f" {continuation}", add_special_tokens=False)["input_ids"]
         rows.append((first, second))
     found = [0.0] * len(rows)

@@ -262,7 +262,7 @@ class SequentialEditing:
         file = self.folder / "sequence.json"
         if file.exists():
             kept = read_json(file)
-            if kept["plan"] == plan:
+            if isinstance(kept, dict) and kept.get("plan") == plan and isinstance(kept.get("states"), list):
                 self.states = kept["states"]
                 done = 0
                 while done * self.batch_size < self.checkpoints[-1] and self._edit_folder(done).is_dir():

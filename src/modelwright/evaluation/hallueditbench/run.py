@@ -156,10 +156,12 @@ class SingleEditing:
         found = []
         for probe, pre, post in zip(probes, before, after, strict=True):
             label = pre if probe.label is None else probe.label
+            # What is the same has stayed, even where no word can be matched, such as an empty answer.
+            stayed = probe.label is None and post == pre
             found.append({
                 "name": probe.name, "question": probe.question, "label": probe.label, "kind": probe.kind, "pre": pre,
                 "post": post, "pre_right": None if probe.label is None else self._right(pre, probe.label, probe.kind),
-                "post_right": self._right(post, label, probe.kind),
+                "post_right": stayed or self._right(post, label, probe.kind),
             })  # fmt: skip
         row: Row = {"method": method, "item": item.id, "topic": item.topic, "probes": found}
         if self.turns and item.yes_question and item.no_question:
@@ -217,12 +219,15 @@ class _Store:
                     f"give --force to throw them away."
                 )
             whole = []
-        for line in whole[1:]:
-            row = json.loads(line)
-            if "before" in row:
-                self.before[row["item"]] = row["before"]
-            else:
-                self.rows[row["method"], row["item"]] = row
+        for number, line in enumerate(whole[1:], 2):
+            try:
+                row = json.loads(line)
+                if "before" in row:
+                    self.before[row["item"]] = row["before"]
+                else:
+                    self.rows[row["method"], row["item"]] = row
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}:{number} is no row of answers ({error!r}): remove the line.") from error
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written anew, so that the torn line of a kill is gone, and then only added to.
         part = path.with_name(path.name + ".part")

@@ -133,7 +133,7 @@ def _right(probe: Mapping[str, Any], side: str, protocol: Protocol | None) -> bo
         if side == "pre":
             return None
         if protocol is not None:
-            return match(probe["post"], probe["pre"], "text", protocol)
+            return probe["post"] == probe["pre"] or match(probe["post"], probe["pre"], "text", protocol)
     elif protocol is not None:
         return match(probe[side], probe["label"], probe["kind"], protocol)
     value = probe.get(f"{side}_right")
