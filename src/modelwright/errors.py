@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -13,6 +14,19 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+#: What is said where nobody nearer to the work has said more.
+MEMORY_IS_FULL = (
+    "the accelerator's memory is full: use a smaller batch size, shorter texts, bfloat16, or --device cpu. What was "
+    "kept of an unfinished run stays."
+)
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Returns whether an error means that the accelerator's memory is full."""
+    torch = sys.modules.get("torch")  # not to be imported for this
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

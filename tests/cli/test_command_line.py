@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from modelwright.cli import main
 from modelwright.cli.from_verb import _parse_pairs, _show
@@ -152,6 +153,17 @@ def test_a_process_of_a_distributed_run_ends_at_once_after_its_message(monkeypat
     group.get_world_size = lambda: 1
     with pytest.raises(SystemExit, match="2"):
         guarded(refused)()
+
+
+def test_full_memory_is_a_sentence_and_other_faults_are_not(capsys):
+    def ended(error):
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        guarded(ended)(torch.OutOfMemoryError("CUDA out of memory."))
+    assert "memory is full: use a smaller batch size" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a defect"):
+        guarded(ended)(RuntimeError("a defect"))
 
 
 def test_a_closed_pipe_is_not_an_error():

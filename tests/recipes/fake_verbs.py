@@ -129,6 +129,10 @@ class Trouble:
             raise UserError("pool.jsonl:3: this line is not JSON.")
         if self.how == "disk":
             raise OSError(28, "No space left on device", str(self.output))
+        if self.how == "memory":
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         if self.how == "kill":
             print("some words of a library")
             os.kill(os.getpid(), signal.SIGKILL)

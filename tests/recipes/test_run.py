@@ -180,6 +180,7 @@ steps:
     [
         ("user", UserError, "recipe.yaml:5: the step 'bad' failed: pool.jsonl:3: this line is not JSON."),
         ("disk", UserError, "the step 'bad' failed: the disk is full"),
+        ("memory", UserError, "the step 'bad' failed: the accelerator's memory is full"),
         ("kill", UserError, "the process of the step 'bad' was killed, most often because memory ran out"),
         ("exit", UserError, "the process of the step 'bad' died (exit code 7)"),
         ("defect", StepFailed, "the step 'bad' failed through a defect, ZeroDivisionError: a defect (traceback in "),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from modelwright.errors import UserError
+from modelwright.errors import MEMORY_IS_FULL, UserError, memory_is_full
 
 
 class Terminated(KeyboardInterrupt):
@@ -63,6 +63,10 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 _fail(f"error: the disk is full{f' ({error.filename})' if error.filename else ''}: free some space.", 2)
+            raise
+        except RuntimeError as error:
+            if memory_is_full(error):
+                _fail(f"error: {MEMORY_IS_FULL}", 2)
             raise
 
     return wrapper

@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock
 
 from modelwright import provenance
-from modelwright.errors import UserError
+from modelwright.errors import MEMORY_IS_FULL, UserError, memory_is_full
 from modelwright.files import write_json
 from modelwright.recipes.options import OptionProblem, options_of
 from modelwright.recipes.store import Store, remove_scratch
@@ -153,7 +153,10 @@ def _do(job: dict[str, Any], channel: Channel) -> None:
         else:
             _defect(defect, error, channel)
     except Exception as error:
-        _defect(defect, error, channel)
+        if memory_is_full(error):
+            channel.send("refused", text=MEMORY_IS_FULL)
+        else:
+            _defect(defect, error, channel)
 
 
 def _defect(path: Path, error: Exception, channel: Channel) -> None:
