@@ -69,6 +69,17 @@ def test_two_edits_at_one_key_with_different_labels_are_disjoint_and_the_later_c
     assert book.look_up(torch.tensor([[1.0, 1.0]])).tolist() == [1]
 
 
+def test_a_fact_that_is_edited_anew_keeps_its_ball_where_rounding_moves_the_query():
+    book = Codebook(1.0)
+    for name, shift, label in (("a", 0.0, 5), ("b", 1e-6, 6), ("c", 0.0, 5)):
+        book.add(entry(name, [10 + shift, 1], [label]))
+        near = torch.tensor([[10.0, 1.0], [10.0 - 1e-5, 1.0], [10.3, 1.0]])
+        assert book.look_up(near).tolist() == [len(book.records) - 1] * 3
+    assert [r.radius > 0 for r in book.records] == [False, False, True]
+    book.delete("c")
+    assert book.look_up(near).tolist() == [1] * 3
+
+
 def test_deleting_an_edit_is_as_if_it_had_never_been():
     a, b, c = entry("a", [0, 0], [5], 1), entry("b", [1.5, 0], [6], 2), entry("c", [0.5, 0], [5], 3)
     book = Codebook(1.0, [a, b, c])

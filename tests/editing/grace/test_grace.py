@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from modelwright.editing.checkpoint import says_target
 from modelwright.editing.edit import load_edit
 from modelwright.editing.examples import make_examples, target_loss
 from modelwright.editing.grace import GRACE, Codebook, Entry, GraceEdit
@@ -242,6 +243,18 @@ def test_a_ball_that_grows_starts_from_its_value():
     assert grown.details["edits"][0]["case"] == "grow"
     assert len(grown.codebook.records) == 1
     assert torch.equal(grown.codebook.records[0].value, trained.codebook.records[0].value)
+
+
+def test_a_fact_can_be_edited_anew_and_is_answered_in_a_padded_batch():
+    model = tiny_model("llama")
+    first, second = FREE, EditRequest(FREE.prompt, FREE.subject, "O")
+    with GRACE(layer=1, radius=RADIUS).fit(model, TOKENIZER, [first]).applied(model):
+        edit = GRACE(layer=1, radius=RADIUS).fit(model, TOKENIZER, [second])
+        with edit.applied(model):
+            longer = EditRequest("x" * 60 + FREE.prompt, FREE.subject, "O")
+            for others in (0, 1, 3, 7):
+                assert says_target(model, TOKENIZER, [second, *[longer] * others])[0]
+                assert not says_target(model, TOKENIZER, [first, *[longer] * others])[0]
 
 
 def test_deleting_restores():

@@ -83,6 +83,7 @@ class Codebook:
         if not self.records:
             return "add", None, float("inf")
         distances = _distances(key[None].float(), torch.stack([r.key for r in self.records]))[0]
+        distances[torch.tensor([r.radius < 0 for r in self.records])] = float("inf")
         near = int(_nearest(distances[None])[0])
         distance = float(distances[near])
         record = self.records[near]
@@ -95,7 +96,8 @@ class Codebook:
 
         Far from all others it makes a record. Where it meets one of another label it makes one too, and both take half
         the distance as their radius. Where it meets one of the same label that one grows to hold it, and takes its
-        value.
+        value. An edit at the very key of another (the same fact, edited anew) takes that one's ball over: half of no
+        distance would leave neither a ball that survives rounding (ours).
         """
         case, near, distance = self.case(entry.key, entry.label)
         self.entries.append(entry)
@@ -108,8 +110,10 @@ class Codebook:
             return near
         record = Record(entry.key, entry.value, self.radius, entry.label, [entry.id])
         if case == "split" and near is not None:
-            record.radius = distance / 2
-            self.records[near].radius = distance / 2 - GAP
+            anew = distance <= SLACK * float(entry.key.float().norm())
+            record.radius, self.records[near].radius = (
+                (self.records[near].radius, -GAP) if anew else (distance / 2, distance / 2 - GAP)
+            )
         self.records.append(record)
         return len(self.records) - 1
 
@@ -158,7 +162,7 @@ class Codebook:
         rough = norms - 2 * queries @ keys.T
         rows = (rough <= (1.01 * radii.clamp(min=0)).square() + 1e-4 * norms).any(1).nonzero()[:, 0]
         if len(rows):
-            distances = _distances(queries[rows], keys)
+            distances = _distances(queries[rows], keys).masked_fill(radii < 0, float("inf"))
             near = _nearest(distances)
             inside = distances.gather(1, near[:, None])[:, 0] <= radii[near]
             found[rows] = torch.where(inside, near, -1)
