@@ -192,6 +192,23 @@ def test_a_contrast_is_given_each_prompt_without_its_context(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_a_prompt_that_is_too_long_without_its_context_is_named_before_any_token(tmp_path):
+    decoder = Contrast()
+    parts = Parts(generator=Part("generators", "contrast", ContrastOptions(decoder)))
+    sources = [("why?", {"prompt_without_context": "a long text " * 200}, "a:1")]
+    with pytest.raises(UserError, match=r"Prompt 1 \(a:1\) without its context has 2400 tokens"):
+        running.generate_to_file(
+            tiny_model("llama"),
+            TOKENIZER,
+            sources,
+            tmp_path / "o.jsonl",
+            Sampling(max_new_tokens=3),
+            plan={},
+            parts=parts,
+        )
+    assert not decoder.seen
+
+
 def test_stop_texts_work_under_a_decoder():
     model = tiny_model("llama", seed=3)
     found = [c[0].text for c in generate(model, TOKENIZER, ["abc"], Sampling(max_new_tokens=30))]

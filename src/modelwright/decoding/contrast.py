@@ -54,6 +54,25 @@ def keep_plausible(scores: Tensor, base: Tensor, relative_top: float | None) -> 
     return scores.masked_fill(base < least, -math.inf)
 
 
+def fill_up(scores: Tensor, size: int) -> Tensor:
+    """Returns scores ``(…, size)``, in which the tokens behind those given are ruled out."""
+    missing = size - scores.shape[-1]
+    return torch.nn.functional.pad(scores, (0, missing), value=-math.inf) if missing else scores
+
+
+def check_vocabularies(own: int, wanted: int, pad: bool) -> None:
+    """Refuses an amateur whose table of tokens has another size than the model's.
+
+    Raises:
+        UserError: It has, and tables of different padding are not allowed.
+    """
+    if own != wanted and not pad:
+        raise UserError(
+            f"The amateur has {own} tokens and the model {wanted}: they must share a tokenizer. If they do, and only "
+            f"their tables were padded differently, set pad_vocabulary."
+        )
+
+
 def check_relative_top(value: float | None) -> None:
     """Refuses a fraction outside (0, 1].
 

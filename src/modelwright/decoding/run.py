@@ -169,7 +169,9 @@ class _Work:
             ids = encode_prompt(self.tokenizer, self.layout.lay_out(self.tokenizer, text), not self.layout.chat)
             check_prompt(self.model, ids, self.sampling, name)
             if applied.needs_context:
-                self.layout.without_context(text, row, name)
+                without = self.layout.lay_out(self.tokenizer, self.layout.without_context(text, row, name))
+                ids = encode_prompt(self.tokenizer, without, not self.layout.chat)
+                check_prompt(self.model, ids, self.sampling, f"{name} without its context")
 
     def prompt(self, applied: Applied, source: Source) -> str | Prompt:
         text, row, where = source

@@ -63,3 +63,17 @@ def test_an_amateur_from_a_folder_and_what_is_refused(tmp_path):
         generate(model, ContrastiveDecoding(make(vocab_size=300)))
     with pytest.raises(UserError, match="temperature is 0"):
         ContrastiveDecoding(amateur, temperature=0)
+
+
+@pytest.mark.parametrize("size", [256, 300])
+def test_tables_of_one_tokenizer_that_were_padded_differently(size):
+    model, amateur = make().double(), make(vocab_size=size, seed=3).double()
+    decode = ContrastiveDecoding(amateur, relative_top=None, pad_vocabulary=True)
+    ids, common = INPUTS["input_ids"][:1], min(size, 259)
+    found = decode.next_token_log_probs(model, ids)
+    with torch.no_grad():
+        wanted = model(ids).logits[..., :common] - amateur(ids).logits[..., :common]
+    torch.testing.assert_close(found[..., :common], wanted.log_softmax(-1), atol=1e-9, rtol=1e-9)
+    assert found.shape[-1] == 259
+    assert (found[..., common:] == -math.inf).all()
+    assert generate(model, decode).shape[1] == INPUTS["input_ids"].shape[1] + NEW

@@ -367,3 +367,21 @@ def test_it_works_under_another_methods_attention():
         assert torch.equal(generate(model, DeCoReConfig(HEADS, alpha=2.5), use_cache=False, **keys), found)
     assert not torch.equal(found, plain)
     assert torch.equal(generate(model, DeCoReConfig(HEADS, alpha=2.5), **keys), plain)
+
+
+@pytest.mark.parametrize("size", [256, 300])
+def test_tables_of_one_tokenizer_that_were_padded_differently(size):
+    model, amateur = make().double(), make(vocab_size=size).double()
+    config = DeCoReConfig(HEADS, amateur=amateur, pad_vocabulary=True)
+    ids = INPUTS["input_ids"][:1]
+    found = decore_generate(config).next_token_log_probs(model, ids)
+    with torch.no_grad():
+        base = model(ids).logits
+        with HeadAblation(amateur, HEADS):
+            twin = amateur(ids).logits
+    common = min(size, 259)
+    wanted = contrast(base[..., :common], twin[..., :common], entropy(base)).log_softmax(-1)
+    torch.testing.assert_close(found[..., :common], wanted, atol=1e-9, rtol=1e-9)
+    assert found.shape[-1] == 259
+    assert (found[..., common:] == -math.inf).all()
+    assert generate(model, config).shape[1] == INPUTS["input_ids"].shape[1] + LENGTH

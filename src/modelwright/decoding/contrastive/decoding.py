@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor
 
-from modelwright.decoding.contrast import as_float, check_alpha, check_relative_top, contrast, keep_plausible
+from modelwright.decoding.contrast import (
+    as_float,
+    check_alpha,
+    check_relative_top,
+    check_vocabularies,
+    contrast,
+    fill_up,
+    keep_plausible,
+)
 from modelwright.decoding.loop import Decoding, Prompt, Stream, all_logits
 from modelwright.errors import UserError
 from modelwright.options import Arg
@@ -30,6 +38,8 @@ class ContrastiveDecoding(Decoding):
         amateur: A smaller model with the same tokens.
         alpha: Strength; None takes the difference of the log-probabilities itself, as the paper does.
         relative_top: Only tokens with at least this fraction of the expert's most probable one; the paper's is 0.1.
+        pad_vocabulary: Whether the amateur's table of tokens may have another size, for models of one tokenizer whose
+            tables were padded differently (Qwen2.5): tokens that only one has are ruled out.
         temperature: Of the amateur's law; the paper's is 1, or 0.5 for its smallest amateurs.
         streamer: See :class:`~modelwright.decoding.loop.Decoding`.
     """
@@ -41,6 +51,7 @@ class ContrastiveDecoding(Decoding):
         *,
         relative_top: float | None = 0.1,
         temperature: float = 1.0,
+        pad_vocabulary: bool = False,
         streamer: BaseStreamer | None = None,
     ) -> None:
         super().__init__(streamer=streamer)
@@ -50,6 +61,7 @@ class ContrastiveDecoding(Decoding):
         if not temperature > 0:
             raise UserError(f"The amateur's temperature is {temperature}: it must be above 0.")
         self.amateur, self.alpha, self.relative_top, self.temperature = amateur, alpha, relative_top, temperature
+        self.pad_vocabulary = pad_vocabulary
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuses an amateur with other tokens.
@@ -58,14 +70,15 @@ class ContrastiveDecoding(Decoding):
             UserError: It has.
         """
         own, wanted = (int(m.get_output_embeddings().weight.shape[0]) for m in (self.amateur, model))
-        if own != wanted:
-            raise UserError(f"The amateur has {own} tokens and the model {wanted}: they must share a tokenizer.")
+        check_vocabularies(own, wanted, self.pad_vocabulary)
 
     def combine(self, base: Tensor, amateur: Tensor) -> Tensor:
         """Returns the scores of the next token, ``(…, V)``, of logits of both."""
-        amateur = amateur.to(base.device) / self.temperature
+        size = base.shape[-1]
+        amateur = amateur[..., :size].to(base.device) / self.temperature
+        base = base[..., : amateur.shape[-1]]
         mixed = base - amateur if self.alpha is None else contrast(base, amateur, self.alpha)
-        return keep_plausible(mixed, base, self.relative_top)
+        return fill_up(keep_plausible(mixed, base, self.relative_top), size)
 
     def scores(self, model: PreTrainedModel, prompt: Prompt) -> Generator[Tensor, Tensor, None]:
         """See :class:`~modelwright.decoding.loop.Decoding`."""
@@ -97,6 +110,9 @@ class ContrastiveOptions:
     alpha: Annotated[float | None, Arg("Strength; by default the plain difference of log-probabilities.")] = None
     relative_top: Annotated[float | None, Arg("Keep tokens with this fraction of the best one's probability.")] = 0.1
     temperature: Annotated[float, Arg("Of the amateur's law.")] = 1.0
+    pad_vocabulary: Annotated[
+        bool, Arg("The amateur's table of tokens may be padded to another size, as among Qwen2.5's models.")
+    ] = False
     dtype: Annotated[str, Arg("Of the amateur: auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
     trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the amateur.")] = False
 
@@ -112,7 +128,8 @@ class ContrastiveOptions:
             self.amateur, model, tokenizer, what="amateur", dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
         decoding = ContrastiveDecoding(
-            amateur, self.alpha, relative_top=self.relative_top, temperature=self.temperature
+            amateur, self.alpha, relative_top=self.relative_top, temperature=self.temperature,
+            pad_vocabulary=self.pad_vocabulary,
         )  # fmt: skip
         decoding.check(model)
         return decoding

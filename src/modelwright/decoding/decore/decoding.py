@@ -20,8 +20,10 @@ from modelwright.decoding.contrast import (
     as_float,
     check_alpha,
     check_relative_top,
+    check_vocabularies,
     contrast,
     entropy,
+    fill_up,
     keep_plausible,
 )
 from modelwright.decoding.decore.ablation import ABLATIONS, Ablation, HeadAblation
@@ -54,6 +56,8 @@ class DeCoReConfig:
         relative_top: Only tokens that have at least this fraction of the most probable one's probability are kept;
             None keeps all, as the paper does. Wise for sampling: 0.1.
         amateur: A smaller model with the same tokens, which takes the twin's part (DeCoRe entropy-lite).
+        pad_vocabulary: Whether the amateur's table of tokens may have another size, for models of one tokenizer whose
+            tables were padded differently (Qwen2.5): tokens that only one has are ruled out.
         means: For the ablation ``mean``: see :func:`~modelwright.decoding.decore.mean_outputs`.
         batch: Whether model and twin are rows of one batch, or read one after the other, which needs less memory at
             once and more time.
@@ -71,6 +75,7 @@ class DeCoReConfig:
     scale_alpha: bool = False
     relative_top: float | None = None
     amateur: PreTrainedModel | None = field(default=None, repr=False)
+    pad_vocabulary: bool = False
     means: Tensor | None = field(default=None, repr=False)
     batch: bool = True
     like: str | None = None
@@ -109,7 +114,10 @@ class DeCoReConfig:
 
     def combine(self, base: Tensor, twin: Tensor) -> Tensor:
         """Returns the scores of the next token, ``(…, V)``, of logits of both in float32 or float64."""
-        return keep_plausible(contrast(base, twin, self.strength(base, twin)), base, self.relative_top)
+        size = base.shape[-1]
+        strength = self.strength(base, twin)
+        base, twin = base[..., : twin.shape[-1]], twin[..., :size]
+        return fill_up(keep_plausible(contrast(base, twin, strength), base, self.relative_top), size)
 
     def ablate(self, model: PreTrainedModel) -> HeadAblation:
         """Returns the twin: the heads of this config off in a model.
@@ -170,12 +178,7 @@ class DeCoRe(Decoding):
         owner = config.amateur if config.amateur is not None else model
         config.ablate(owner)  # which refuses heads, and an ablation that the model cannot have
         if config.amateur is not None:
-            own, wanted = (_vocabulary(m) for m in (config.amateur, model))
-            if own != wanted:
-                raise UserError(
-                    f"The amateur has {own} tokens and the model {wanted}: they must share a tokenizer, and tables of "
-                    f"one size."
-                )
+            check_vocabularies(_vocabulary(config.amateur), _vocabulary(model), config.pad_vocabulary)
 
     def scores(self, model: PreTrainedModel, prompt: Prompt) -> Generator[Tensor, Tensor, None]:
         """See :class:`~modelwright.decoding.loop.Decoding`."""

@@ -45,6 +45,9 @@ class DeCoReOptions:
     amateur: Annotated[
         str | None, Arg("A smaller model that is the twin, with its own --heads: a folder or a hub id.", kind="input")
     ] = None
+    pad_vocabulary: Annotated[
+        bool, Arg("The amateur's table of tokens may be padded to another size, as among Qwen2.5's models.")
+    ] = False
     dtype: Annotated[str, Arg("Of the amateur: auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
     trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the amateur.")] = False
     batch: Annotated[bool, Arg("Model and twin as rows of one batch.", kind="run")] = True
@@ -73,6 +76,7 @@ class DeCoReOptions:
                 self._heads(model if amateur is None else amateur), alpha=self.alpha, alpha_cap=self.alpha_cap,
                 scale_alpha=self.scale_alpha, relative_top=self.relative_top, ablation=self.ablation,
                 mask_from=self.mask_from, amateur=amateur, means=self._means(), batch=self.batch,
+                pad_vocabulary=self.pad_vocabulary,
             )
         )  # fmt: skip
         decoding.check(model)
