@@ -92,6 +92,13 @@ def test_another_model_is_refused():
     edit = low_rank(tiny_model("llama"))
     with pytest.raises(UserError, match="fitted on a model with fingerprint"):
         edit.apply_(tiny_model("llama", seed=1))
+    other = tiny_model("llama", seed=1)
+    with pytest.raises(UserError, match="fitted on a model with fingerprint"):
+        edit.apply_(other)
+    before = base_fingerprint(other)
+    with torch.no_grad():
+        other.get_parameter(NAME).add_(1)
+    assert before != base_fingerprint(other) == model_fingerprint(other)
     edited = tiny_model("llama")
     edit.apply_(edited)
     copied = copy.deepcopy(edited)  # as a checkpoint that was saved with the edit in it

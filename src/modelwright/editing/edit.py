@@ -58,7 +58,7 @@ def base_fingerprint(model: nn.Module) -> str:
     if isinstance(recorded, str):
         return recorded
     stack = _stacks.get(inner)
-    if stack is None:
+    if stack is None or not stack.edits:  # an edit that was refused leaves a stack without any
         return model_fingerprint(inner)
     if stack.base is None:
         stack.base = model_fingerprint(inner, instead=stack.originals.items())

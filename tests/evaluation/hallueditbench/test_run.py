@@ -13,6 +13,7 @@ from modelwright.errors import UserError
 from modelwright.evaluation.asking import Layout, Turn, answers
 from modelwright.evaluation.hallueditbench import Item, SingleEditing, run, score
 from modelwright.evaluation.hallueditbench.run import read_rows
+from modelwright.evaluation.matching import ModelJudge
 from modelwright.models.loading import save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.progress import Silent
@@ -107,6 +108,17 @@ def test_kept_answers_may_hold_any_character_and_a_damaged_row_is_named(model, t
     kept.write_text(text.replace('"before"', '"bef', 1), encoding="utf-8")
     with pytest.raises(UserError, match=r"rows.jsonl:2 is no row of answers"):
         loop.rows(model, tokenizer, ITEMS, kept=kept)
+
+
+def test_answers_that_another_judge_decided_about_are_another_run(model, tokenizer, tmp_path):
+    def loop(judge):
+        return SingleEditing(editors={"ice": make_editor("ice")}, layout=LAYOUT, judge=judge)
+
+    kept = tmp_path / "rows.jsonl"
+    loop(ModelJudge(model, tokenizer)).rows(model, tokenizer, ITEMS[:1], kept=kept)
+    loop(ModelJudge(tiny_model("llama"), tokenizer)).rows(model, tokenizer, ITEMS[:1], kept=kept)
+    with pytest.raises(UserError, match="answers of another run"):
+        loop(ModelJudge(tiny_model("llama", seed=1), tokenizer)).rows(model, tokenizer, ITEMS[:1], kept=kept)
 
 
 def test_an_answer_without_words_that_is_the_same_has_stayed(model, tokenizer, monkeypatch):

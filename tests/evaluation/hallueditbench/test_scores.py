@@ -68,6 +68,10 @@ def test_a_folder_that_is_no_copy_is_refused(tmp_path, results):
     file.write_text(json.dumps(rows))
     with pytest.raises(UserError, match=f"{file.name} is not as the benchmark writes it: .* at item 1"):
         list(published_rows(results, "some_model"))
+    for damage in ("5", json.dumps([{**rows[0], "time": "soon"}])):
+        file.write_text(damage)
+        with pytest.raises(UserError, match=f"{file.name} is not as the benchmark writes it: .* at item 0"):
+            list(published_rows(results, "some_model"))
 
 
 def probe(name, right, label="x"):

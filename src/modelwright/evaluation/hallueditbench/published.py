@@ -56,7 +56,7 @@ def published_rows(folder: str | Path, model: str) -> Iterator[dict[str, Any]]:
         place = Path(folder) / kind / (model + ("_multi_turn" if ending else ""))
         for path in sorted(place.glob(f"*{ending}.json")):
             topic, _, method = path.stem.removesuffix(ending).rpartition("_")
-            rows = read_json(path)
+            rows, number = read_json(path), 0
             try:
                 for number, row in enumerate(rows):
                     yield {
@@ -66,7 +66,7 @@ def published_rows(folder: str | Path, model: str) -> Iterator[dict[str, Any]]:
                         "seconds": float(row["time"]) if kind == _FOLDERS[0] else None,
                         **_READ[kind](row),
                     }
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f"{path} is not as the benchmark writes it: {error!r} at item {number}.") from error
 
 

@@ -124,7 +124,7 @@ class SingleEditing:
             "editors": {name: describe(editor) for name, editor in self.editors.items()},
             "layout": asdict(layout),
             "protocol": self.protocol,
-            "judge": None if self.judge is None else type(self.judge).__name__,
+            "judge": _named(self.judge),
             "turns": self.turns,
         }
 
@@ -186,6 +186,13 @@ class SingleEditing:
                 talks[name].append(Turn(question, answer))
                 right[name].append(self._right(answer, label, "yes_no"))
         return right
+
+
+def _named(judge: Judge | None) -> str | None:
+    if judge is None:
+        return None
+    model = getattr(judge, "model", None)
+    return type(judge).__name__ + (f" {model_fingerprint(model)}" if model is not None else "")
 
 
 def _bare(model: Any, tokenizer: Any, question: str, label: str | None) -> str:
