@@ -31,6 +31,12 @@ def test_without_strength_or_heads_it_is_greedy_generate(family, mask_from):
     assert torch.equal(generate(model, DeCoReConfig([], alpha=2.5, mask_from=mask_from)), plain)
     assert torch.equal(generate(model, DeCoReConfig([], mask_from=mask_from)), plain)
     assert torch.equal(generate(model, DeCoReConfig(HEADS, alpha=5.0, alpha_cap=0.0, mask_from=mask_from)), plain)
+    # Through the twin, which the others do without:
+    assert torch.equal(generate(model, DeCoReConfig(HEADS, alpha=1e-12, mask_from=mask_from)), plain)
+    for config in (DeCoReConfig(HEADS, alpha=0.0), DeCoReConfig([]), DeCoReConfig(HEADS, alpha_cap=0.0)):
+        assert config.idle
+    assert not DeCoReConfig([], amateur=model).idle
+    assert not DeCoReConfig(HEADS, alpha="entropy-gain", alpha_cap=0.0).idle
 
 
 @pytest.mark.parametrize("family", ATTENTION)

@@ -112,6 +112,13 @@ class DeCoReConfig:
             return found if self.alpha_cap is None else found.clamp(max=self.alpha_cap)
         return self.alpha if self.alpha_cap is None else min(self.alpha, self.alpha_cap)
 
+    @property
+    def idle(self) -> bool:
+        """Whether the twin cannot change a score: it lacks nothing, or the strength is 0."""
+        if self.amateur is None and not len(self.heads):
+            return True
+        return self.alpha == 0 or (self.alpha_cap == 0 and self.alpha != "entropy-gain")
+
     def combine(self, base: Tensor, twin: Tensor) -> Tensor:
         """Returns the scores of the next token, ``(…, V)``, of logits of both in float32 or float64."""
         size = base.shape[-1]
@@ -182,11 +189,21 @@ class DeCoRe(Decoding):
 
     def scores(self, model: PreTrainedModel, prompt: Prompt) -> Generator[Tensor, Tensor, None]:
         """See :class:`~modelwright.decoding.loop.Decoding`."""
+        if self.config.idle:
+            return self._alone(model, prompt)
         if self.config.mask_from == "all" and prompt.known and self.config.amateur is None:
             raise UserError("A cache given holds tokens read with the heads: leave it out, or use mask_from='last'.")
         if self.config.batch and self.config.amateur is None:
             return self._rows(model, prompt)
         return self._streams(model, prompt)
+
+    def _alone(self, model: PreTrainedModel, prompt: Prompt) -> Generator[Tensor, Tensor, None]:
+        """The model without a twin: on a GPU a second row would round otherwise, and ties fall to other tokens."""
+        stream, ids = Stream(model, prompt), prompt.ids[:, prompt.known :]
+        while True:
+            base = stream.logits(ids)
+            tokens = yield keep_plausible(base, base, self.config.relative_top)
+            ids = tokens[:, None]
 
     def _rows(self, model: PreTrainedModel, prompt: Prompt) -> Generator[Tensor, Tensor, None]:
         """Each sequence is two rows side by side: the model's, and the twin's."""
