@@ -257,6 +257,15 @@ def test_a_fact_can_be_edited_anew_and_is_answered_in_a_padded_batch():
                 assert not says_target(model, TOKENIZER, [first, *[longer] * others])[0]
 
 
+def test_continued_with_another_radius_the_balls_there_stay_as_they_are(tmp_path):
+    model = tiny_model("llama")
+    with GRACE(layer=1, radius=RADIUS, steps=1).fit(model, TOKENIZER, [FREE]).applied(model):
+        edit = GRACE(layer=1, radius=RADIUS / 2, steps=1).fit(model, TOKENIZER, [RURI])
+    assert [r.radius for r in edit.codebook.records] == [RADIUS, RADIUS / 2]
+    edit.save(tmp_path / "edit")
+    assert [r.radius for r in load_edit(tmp_path / "edit").codebook.records] == [RADIUS, RADIUS / 2]
+
+
 def test_deleting_restores():
     model = tiny_model("llama")
     before = {r.id: logits(model, r.text) for r in (FREE, RURI)}

@@ -27,12 +27,14 @@ class Entry:
         key: (d_ff,) float32: the input of the layer at the last token of the prompt.
         label: The target's token ids. They are compared as they are.
         value: (d,) float32: what the layer shall put out instead, as it was after this edit's training.
+        radius: Radius that it was made with; None takes the codebook's.
     """
 
     id: str
     key: torch.Tensor
     label: tuple[int, ...]
     value: torch.Tensor
+    radius: float | None = None
 
 
 @dataclass
@@ -73,13 +75,17 @@ class Codebook:
         for entry in entries:
             self.add(entry)
 
-    def case(self, key: torch.Tensor, label: tuple[int, ...]) -> tuple[Case, int | None, float]:
+    def case(
+        self, key: torch.Tensor, label: tuple[int, ...], radius: float | None = None
+    ) -> tuple[Case, int | None, float]:
         """Returns what an edit would do, the nearest record (None if there is none), and its distance.
 
         Args:
             key: (d_ff,).
             label: Token ids of the target.
+            radius: Of a new record; None takes the codebook's.
         """
+        radius = self.radius if radius is None else radius
         if not self.records:
             return "add", None, float("inf")
         distances = _distances(key[None].float(), torch.stack([r.key for r in self.records]))[0]
@@ -87,7 +93,7 @@ class Codebook:
         near = int(_nearest(distances[None])[0])
         distance = float(distances[near])
         record = self.records[near]
-        if distance > self.radius + record.radius:
+        if distance > radius + record.radius:
             return "add", near, distance
         return ("grow" if record.label == label else "split"), near, distance
 
@@ -99,7 +105,8 @@ class Codebook:
         value. An edit at the very key of another (the same fact, edited anew) takes that one's ball over: half of no
         distance would leave neither a ball that survives rounding (ours).
         """
-        case, near, distance = self.case(entry.key, entry.label)
+        radius = self.radius if entry.radius is None else entry.radius
+        case, near, distance = self.case(entry.key, entry.label, radius)
         self.entries.append(entry)
         self._stacked = None
         if case == "grow" and near is not None:
@@ -108,7 +115,7 @@ class Codebook:
             record.value = entry.value
             record.entries.append(entry.id)
             return near
-        record = Record(entry.key, entry.value, self.radius, entry.label, [entry.id])
+        record = Record(entry.key, entry.value, radius, entry.label, [entry.id])
         if case == "split" and near is not None:
             anew = distance <= SLACK * float(entry.key.float().norm())
             record.radius, self.records[near].radius = (

@@ -118,7 +118,7 @@ class GraceEdit(HookEdit):
             "layer": self.layer,
             "rule": self.rule,
             "radius": self.codebook.radius,
-            "entries": [{"id": entry.id, "label": list(entry.label)} for entry in entries],
+            "entries": [{"id": entry.id, "label": list(entry.label), "radius": entry.radius} for entry in entries],
         }
         if not entries:
             return state, {}
@@ -130,7 +130,7 @@ class GraceEdit(HookEdit):
     @classmethod
     def _from_state(cls, common: dict[str, Any], state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
         entries = [
-            Entry(row["id"], tensors["keys"][i], tuple(row["label"]), tensors["values"][i])
+            Entry(row["id"], tensors["keys"][i], tuple(row["label"]), tensors["values"][i], row.get("radius"))
             for i, row in enumerate(state["entries"])
         ]
         book = Codebook(state["radius"], entries)

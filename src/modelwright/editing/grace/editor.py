@@ -73,21 +73,20 @@ class GRACE(Editor):
         module = down_projection(model, layer).module
         before = [e for e in edits_on(model) if isinstance(e, GraceEdit) and e.layer == layer]
         book = before[-1].codebook.copy() if before else Codebook(self.radius)
-        book.radius = self.radius
         generator = torch.Generator().manual_seed(self.seed)
         notes = []
         with trainable_only(model), torch.enable_grad(), _suspended(before):
             for request in requests:
                 examples = make_examples(model, tokenizer, [(request.text, request.target)])
                 key, output = _at_last(model, module, examples)
-                case, near, distance = book.case(key, examples.targets[0])
+                case, near, distance = book.case(key, examples.targets[0], self.radius)
                 if case == "grow" and near is not None:
                     value = book.records[near].value
                 elif self.start == "warm":
                     value = output
                 else:
                     value = torch.rand(output.shape, generator=generator)
-                index = book.add(Entry(entry_id(request), key, examples.targets[0], value))
+                index = book.add(Entry(entry_id(request), key, examples.targets[0], value, self.radius))
                 value, losses = self._train(model, module, book, index, examples)
                 book.set_value(value)
                 note: dict[str, Any] = {"case": case, "loss_before": losses[0], "loss": losses[-1]}
