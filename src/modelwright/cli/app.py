@@ -24,6 +24,7 @@ _PLAIN: dict[str, str] = {
 #: First words that do nothing by themselves, and what they are for.
 _GROUPS = {
     "select": "Choose training data from a pool: one subcommand per method.",
+    "heads": "Find attention heads by what they do.",
     "speculate": "Speed up sampling with draft models.",
 }
 

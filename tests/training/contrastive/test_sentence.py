@@ -182,10 +182,11 @@ def test_faults(model):
         InfCLSentenceLoss(model, mini_batch_size=0)
 
 
-def _process(rank, folder, port, output):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _process(rank, folder, output):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    # They meet at a file: a port that was free a moment ago may be another test's by now, and joining that one hangs.
+    torch.distributed.init_process_group("gloo", init_method=f"file://{output}/meet", rank=rank, world_size=2)
     model = library.SentenceTransformer(str(folder), device="cpu").double().eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("pooler" not in name)
@@ -207,12 +208,7 @@ def _process(rank, folder, port, output):
 
 @pytest.mark.slow
 def test_two_processes_give_what_the_librarys_loss_gives(folder, tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (folder, port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(_process, (folder, tmp_path), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for found in results:
         for ours, theirs in (found[:2], found[2:]):
