@@ -25,6 +25,9 @@ _PLAIN: dict[str, str] = {
 _GROUPS = {
     "select": "Choose training data from a pool: one subcommand per method.",
     "heads": "Find attention heads by what they do.",
+    "probe": "Look at what a model has learned: by token frequency, and by heart.",
+    "prune": "Make a model smaller by taking parts out.",
+    "sweep": "Train the same model over a range of one setting.",
     "speculate": "Speed up sampling with draft models.",
 }
 
