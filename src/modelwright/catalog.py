@@ -24,6 +24,7 @@ STATUSES = ("stable", "experimental", "negative result", "baseline")
 STAGES = (
     "curation",
     "synthesis",
+    "tokenization",
     "architectures",
     "attention",
     "training",

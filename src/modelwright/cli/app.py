@@ -28,6 +28,7 @@ _GROUPS = {
     "probe": "Look at what a model has learned: by token frequency, and by heart.",
     "prune": "Make a model smaller by taking parts out.",
     "sweep": "Train the same model over a range of one setting.",
+    "tokenize": "Train tokenizers.",
     "speculate": "Speed up sampling with draft models.",
 }
 

@@ -24,7 +24,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    return _wrap(_byte_level(models.BPE(vocab=vocabulary, merges=[])))
+    return wrap(_byte_level(models.BPE(vocab=vocabulary, merges=[])))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> PreTrainedTokenizerFast:
@@ -61,7 +61,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
     tokenizer.train_from_iterator(counted(), trainer)
     if not seen:
         raise UserError("There is no text to train a tokenizer on.")
-    return _wrap(tokenizer)
+    return wrap(tokenizer)
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -135,7 +135,8 @@ def _byte_level(model: Any) -> Any:
     return tokenizer
 
 
-def _wrap(tokenizer: Any) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """Returns the transformers tokenizer around a ``tokenizers`` one whose first entries are :data:`SPECIAL_TOKENS`."""
     from transformers import PreTrainedTokenizerFast
 
     pad, bos, eos = SPECIAL_TOKENS

@@ -11,6 +11,7 @@ from modelwright.errors import UserError, did_you_mean
 VERBS: dict[str, str] = {
     "world": "modelwright.verbs.world:World",
     "tokenizer": "modelwright.verbs.tokenizer:TrainTokenizer",
+    "tokenize train": "modelwright.verbs.tokenizer:TrainTokenizer",
     "select": "modelwright.verbs.select:Select",
     "select jest": "modelwright.verbs.select_jest:SelectJest",
     "train": "modelwright.verbs.train:Train",
