@@ -25,7 +25,7 @@ GENERATORS = {
 }
 #: Those whose law of a whole text is what they generate by.
 WITH_LAW = ("plain", "decore", "cad", "contrastive-decoding", "dola", "multi-draft")
-CONTEXTS = {"string": {"shift": 12, "window": 3}}
+CONTEXTS = {"string": {"shift": 12, "window": 3}, "edited": {"edit": ["{folder}/edit"]}}
 #: Families of models without rotary positions, or without attention.
 NO_ROTARY, NO_ATTENTION = ("gpt2",), ("mamba2",)
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "gemma2", "gpt2", "gpt_neox", "mamba2")
@@ -48,7 +48,14 @@ class Refused:
     sentence: str
 
 
-TOGETHER = [Together(context, generator) for context in CONTEXTS for generator in GENERATORS]
+#: Directions belong to the weights that they were fitted on, and an edit makes others.
+UNDER = [Refused("edited", "iti", "fitted on another model")]
+TOGETHER = [
+    Together(context, generator)
+    for context in CONTEXTS
+    for generator in GENERATORS
+    if (context, generator) not in {(r.first, r.second) for r in UNDER}
+]
 TWO = [
     Refused(a, b, "both choose the tokens, so only one of them can be used at a time")
     for a, b in itertools.combinations(GENERATORS, 2)
@@ -61,7 +68,7 @@ WORKS_ON = [
     (method, family)
     for method in (*CONTEXTS, *GENERATORS)
     for family in FAMILIES
-    if family not in NO_ATTENTION and not (method in CONTEXTS and family in NO_ROTARY)
+    if method == "edited" or (family not in NO_ATTENTION and not (method == "string" and family in NO_ROTARY))
 ]
 
 
@@ -80,10 +87,15 @@ def page() -> str:
         "| | " + " | ".join(generators) + " |",
         "| :-- |" + " :-: |" * len(generators),
     ]
+    under = {(r.first, r.second) for r in UNDER}
     for context in contexts:
-        cells = ["✓" if (context, g) in together else "unknown" for g in generators]
+        cells = [
+            "✓" if (context, g) in together else "refused" if (context, g) in under else "unknown" for g in generators
+        ]
         lines.append(f"| {context} | " + " | ".join(cells) + " |")
     lines += [
+        "\nITI's directions belong to the weights that they were fitted on, so under an edit of weights they are "
+        "refused: fit them on\nthe edited model (`modelwright edit apply`).",
         "\n## Two methods that choose the tokens\n",
         "Refused, all pairs: *'a' and 'b' both choose the tokens, so only one of them can be used at a time.* The same "
         "method twice\nis refused too.\n",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from combinations.cases import CONTEXTS, GENERATORS, ON_MODELS, PAGE, TOGETHER, TWO, WITH_LAW, WORKS_ON, page
+from combinations.cases import CONTEXTS, GENERATORS, ON_MODELS, PAGE, TOGETHER, TWO, UNDER, WITH_LAW, WORKS_ON, page
 from modelwright.decoding.generate import Prompt, Sampling, generate
 from modelwright.decoding.parts import read_parts
 from modelwright.errors import UserError
@@ -36,6 +36,26 @@ def folder(tmp_path_factory):
     return folder
 
 
+def save_an_edit(model, folder):
+    """Adds a matrix of rank one to what the last layer puts out."""
+    from modelwright.editing.deltas import LowRank
+    from modelwright.editing.edit import WeightEdit
+    from modelwright.editing.fingerprint import model_fingerprint
+
+    ends = ("down_proj.weight", "mlp.c_proj.weight", "dense_4h_to_h.weight", "out_proj.weight")
+    name = [n for n, _ in model.named_parameters() if n.endswith(ends)][-1]
+    shape = model.get_parameter(name).shape
+    draw = torch.Generator().manual_seed(1)
+    delta = LowRank(torch.randn(shape[0], 1, generator=draw), torch.randn(1, shape[1], generator=draw))
+    WeightEdit("test", model_fingerprint(model), {name: delta}).save(folder, force=True)
+
+
+def filled(value, folder):
+    if isinstance(value, list):
+        return [filled(one, folder) for one in value]
+    return value.format(folder=folder) if isinstance(value, str) else value
+
+
 def parts(names, folder, model):
     from modelwright.decoding.iti import HeadDirections
     from modelwright.models.heads import fingerprint
@@ -45,10 +65,12 @@ def parts(names, folder, model):
         HeadDirections(
             [(0, 1), (1, 3)], shape, torch.tensor([0.5, 2.0]), torch.tensor([0.9, 0.8]), fingerprint(model)
         ).save(folder / "directions.safetensors", force=True)
+    if "edited" in names:
+        save_an_edit(model, folder / "edit")
     known = {**GENERATORS, **CONTEXTS}
     given = []
     for name in names:
-        options = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in known[name].items()}
+        options = {k: filled(v, folder) for k, v in known[name].items()}
         given.append({name: options})
     return read_parts(given)
 
@@ -101,6 +123,16 @@ def test_together(pair, folder):
 def test_two_generators_are_refused(pair, folder):
     with pytest.raises(UserError, match=pair.sentence):
         parts([pair.first, pair.second], folder, attentive("llama"))
+
+
+@pytest.mark.parametrize("pair", UNDER, ids=lambda pair: f"{pair.second}-under-{pair.first}")
+def test_what_a_context_refuses(pair, folder):
+    model = attentive("llama")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    both = parts([pair.second, pair.first], folder, model)
+    with pytest.raises(UserError, match=pair.sentence), both.on(model, TOKENIZER) as on:
+        written(on)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("pair", ON_MODELS, ids=lambda pair: f"{pair.first}-{pair.second}")

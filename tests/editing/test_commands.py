@@ -111,10 +111,14 @@ def test_a_checkpoint_that_was_changed_afterwards_is_not_reverted(folder, tmp_pa
         run(EditRevert, model=str(tmp_path / "edited"), output=tmp_path / "back")
 
 
+@pytest.mark.parametrize("method", ["ice", "grace", "serac"])
+def test_edits_that_change_no_weights_are_refused_before_the_work(folder, tmp_path, method):
+    with pytest.raises(UserError, match="give --as-delta"):
+        run(EditModel, model="not read", method=method, requests=["not read"], output=tmp_path / "out")
+
+
 def test_edits_that_change_no_weights_need_a_delta(folder, tmp_path):
     options = {"model": str(folder / "model"), "method": "ice", "requests": [str(folder / "edits.jsonl")]}
-    with pytest.raises(UserError, match="give --as-delta"):
-        run(EditModel, **options, output=tmp_path / "ice")
     run(EditModel, **options, output=tmp_path / "ice", as_delta=True)
     assert load_edit(tmp_path / "ice").method == "ice"
     with pytest.raises(UserError, match="changes no weights"):

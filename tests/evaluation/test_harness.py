@@ -187,6 +187,46 @@ def test_tasks_of_the_users_own(model, tasks):
     assert json.loads(json.dumps(found)) == found
 
 
+def test_tasks_are_abilities_of_a_sequence_of_edits(model, tasks):
+    """On the live model, with its edits on it, through our own adapter."""
+    from modelwright.editing.editor import make_editor
+    from modelwright.editing.requests import EditRequest
+    from modelwright.evaluation.asking import Layout
+    from modelwright.evaluation.editing_evaluation import SequentialEditing
+    from modelwright.evaluation.editing_evaluation.abilities import LmEvalTasks
+
+    ability = LmEvalTasks(TOKENIZER, ("my_choice", "my_text"), limit=4, batch_size=2, include_path=(str(tasks),))
+    # The first four sums are answered 0, 2, 4, 6; the choice that is right has the number i % 2.
+    asked = [EditRequest("{}=", f"{i}+{i}", str(2 * i)) for i in range(4)]
+
+    def run(editor):
+        return SequentialEditing(
+            model=model, tokenizer=TOKENIZER, editor=editor, requests=asked, checkpoints=[0, 4], batch_size=4,
+            neutral=["a text"], layout=Layout(kind="raw", new_tokens=2),
+        ).run({"lm_eval": ability})  # fmt: skip
+
+    options = {"layer": 1, "learning_rate": 0.05, "steps": 60, "stop_loss": 1e-3}
+    before, after = (state["lm_eval"] for state in run(make_editor("ft-m", options)))
+    assert before["my_text.exact_match,none"] == 0
+    assert set(before) == {"my_choice.acc,none", "my_text.exact_match,none"}
+    assert before == ability_of(model, ability)
+    edit = make_editor("ft-m", options).fit(model, TOKENIZER, asked)
+    with edit.applied(model):
+        plain = evaluate_tasks(model, TOKENIZER, ["my_choice"], include_path=[tasks], limit=4, batch_size=2)
+    assert after["my_choice.acc,none"] == plain["results"]["my_choice"]["acc,none"]
+    assert after["my_choice.acc,none"] == 0.5  # what was written, 2 i, is the right choice of the even ones
+    with pytest.raises(UserError, match="in-context edits cannot be put"):
+        run(make_editor("ice"))
+    with pytest.raises(UserError, match="no folder of task files"):
+        LmEvalTasks(TOKENIZER, ("my_text",), include_path=("nowhere",))
+
+
+def ability_of(model, ability):
+    from modelwright.evaluation.editing_evaluation.sequence import State
+
+    return ability(State(0, model, [], [], {}))
+
+
 def test_the_verb(model, tasks, tmp_path):
     from modelwright.verbs.evaluate import Evaluate
 

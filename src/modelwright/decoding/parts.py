@@ -8,7 +8,8 @@ A method's card names parts of two kinds, each a dataclass of options (:mod:`mod
   the generation loop. There is at most one.
 
 A dataclass may also have ``check(model, tokenizer)``, which raises :class:`~modelwright.errors.UserError` before
-anything expensive is loaded.
+anything expensive is loaded; and, with ``changes_prompts`` true, ``prompt(text)``, which says what to give to the model
+instead of a prompt (before a chat template lays it out).
 """
 
 from __future__ import annotations
@@ -120,16 +121,22 @@ class Applied:
         model: The model.
         tokenizer: Its tokenizer.
         decoder: What takes the place of the generation loop, or None for the model's own.
+        parts: The methods.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: Decoder | None = None
+    parts: Parts | None = None
 
     @property
     def needs_context(self) -> bool:
         """Whether each prompt is also needed without its context."""
         return bool(getattr(self.decoder, "needs_context", False))
+
+    def prompt(self, text: str) -> str:
+        """Returns what to give to the model instead of a prompt."""
+        return text if self.parts is None else self.parts.prompt(text)
 
     def generate(self, **inputs: Any) -> Tensor:
         """Calls the model's ``generate`` with the decoder in it."""
@@ -190,21 +197,41 @@ class Parts:
         """Returns what the output depends on, JSON-able."""
         return [part.identity() for part in self.all]
 
+    def prompt(self, text: str) -> str:
+        """Returns what to give to the model instead of a prompt."""
+        for part in self.all:
+            if getattr(part.options, "changes_prompts", False):
+                text = part.options.prompt(text)
+        return text
+
     @contextlib.contextmanager
-    def on(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[Applied]:
+    def on(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, prompts: bool = False
+    ) -> Iterator[Applied]:
         """Applies the methods inside the block.
 
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            prompts: Whether the caller puts every prompt through :meth:`Applied.prompt`.
+
         Raises:
-            UserError: One of them does not go with the model, or with those before it. Nothing was generated then.
+            UserError: One of them does not go with the model, or with those before it, or changes prompts where they
+                cannot be changed. Nothing was generated then.
         """
         for part in self.all:
             if hasattr(part.options, "check"):
                 part.options.check(model, tokenizer)
+            if not prompts and getattr(part.options, "changes_prompts", False):
+                raise UserError(
+                    f"'{part.name}' puts text before each prompt, and here prompts are laid out by the task: use it "
+                    f"with modelwright generate."
+                )
         with contextlib.ExitStack() as stack:
             for part in self.contexts:
                 stack.enter_context(part.options.apply(model))
             decoder = None if self.generator is None else self.generator.options.custom_generate(model, tokenizer)
-            yield Applied(model, tokenizer, decoder)
+            yield Applied(model, tokenizer, decoder, self)
 
 
 def read_parts(given: Sequence[str | Path | Mapping[str, Any]]) -> Parts:
@@ -212,13 +239,22 @@ def read_parts(given: Sequence[str | Path | Mapping[str, Any]]) -> Parts:
 
     Args:
         given: Each a YAML or JSON file, a name, or YAML in a line: ``decore.yaml``, ``multi-draft`` or
-            ``string: {window: 64}``. A file or a mapping may hold several; later contexts stand inside earlier ones.
+            ``string: {window: 64}``; or the folder of a saved edit. A file or a mapping may hold several; later
+            contexts stand inside earlier ones.
 
     Raises:
         UserError: A file cannot be read, a method or option does not exist, a value does not fit, a method is there
             twice, or there are two generators.
     """
-    named = [pair for one in given for pair in _named(one)]
+    named: list[tuple[str, Mapping[str, Any], str]] = []
+    edits: list[str] = []
+    for one in given:
+        if isinstance(one, Mapping) or not (Path(one).expanduser() / "edit.json").is_file():
+            named += _named(one)
+            continue
+        if not edits:  # folders of edits are one method, where the first of them stands
+            named.append(("edited", {"edit": edits}, ""))
+        edits.append(str(one))
     parts = [_part(name, options, where) for name, options, where in named]
     names = [part.name for part in parts]
     if twice := next((name for name in names if names.count(name) > 1), None):

@@ -127,10 +127,10 @@ def generate_to_file(
     work = _Work(model, tokenizer, rows, sampling, samples, batch_size, layout, progress)
     stats: dict[str, Any] = {}
     try:
-        with parts.on(model, tokenizer) as applied:  # refuses what it refuses before the plain pass too
+        with parts.on(model, tokenizer, prompts=True) as applied:  # refuses what it refuses before the plain pass too
             work.check(applied)
         for one in passes:
-            with one.parts.on(model, tokenizer) as applied:
+            with one.parts.on(model, tokenizer, prompts=True) as applied:
                 one.run(work, applied)
                 stats = _stats(applied)
     except (UserError, OSError):
@@ -166,19 +166,21 @@ class _Work:
         """Looks at every prompt, so that a long one at the end of the file does not stop a run in its middle."""
         for number, (text, row, where) in enumerate(self.rows, start=1):
             name = f"Prompt {number} ({where})" if where else f"Prompt {number}"
-            ids = encode_prompt(self.tokenizer, self.layout.lay_out(self.tokenizer, text), not self.layout.chat)
+            laid_out = self.layout.lay_out(self.tokenizer, applied.prompt(text))
+            ids = encode_prompt(self.tokenizer, laid_out, not self.layout.chat)
             check_prompt(self.model, ids, self.sampling, name)
             if applied.needs_context:
-                without = self.layout.lay_out(self.tokenizer, self.layout.without_context(text, row, name))
+                without = applied.prompt(self.layout.without_context(text, row, name))
+                without = self.layout.lay_out(self.tokenizer, without)
                 ids = encode_prompt(self.tokenizer, without, not self.layout.chat)
                 check_prompt(self.model, ids, self.sampling, f"{name} without its context")
 
     def prompt(self, applied: Applied, source: Source) -> str | Prompt:
         text, row, where = source
-        laid_out = self.layout.lay_out(self.tokenizer, text)
+        laid_out = self.layout.lay_out(self.tokenizer, applied.prompt(text))
         if not applied.needs_context:
             return laid_out
-        without = self.layout.without_context(text, row, where)
+        without = applied.prompt(self.layout.without_context(text, row, where))
         return Prompt(laid_out, self.layout.lay_out(self.tokenizer, without))
 
 

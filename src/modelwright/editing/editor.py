@@ -27,9 +27,11 @@ class Editor(ABC):
 
     Attributes:
         name: As in the catalog.
+        changes_weights: Whether its edits are on the weights; where not, no ordinary checkpoint can hold them.
     """
 
     name: ClassVar[str]
+    changes_weights: ClassVar[bool] = True
 
     @abstractmethod
     def fit(

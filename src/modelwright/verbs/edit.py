@@ -54,7 +54,6 @@ class EditModel:
         from modelwright.editing import make_editor, read_requests
         from modelwright.editing.checkpoint import save_edited, says_target
         from modelwright.editing.edit import WeightEdit
-        from modelwright.errors import UserError
         from modelwright.files import check_output
         from modelwright.models.loading import load_model, load_tokenizer
 
@@ -63,6 +62,8 @@ class EditModel:
         if self.statistics is not None:
             options["statistics"] = self.statistics
         editor = make_editor(self.method, options)
+        if not self.as_delta and not editor.changes_weights:
+            raise self._no_checkpoint()
         requests = read_requests(self.requests, limit=self.limit)
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
@@ -82,10 +83,7 @@ class EditModel:
                 after = says_target(model, tokenizer, requests, edit=edit)
             edit.save(self.output, self.force)
         elif not isinstance(edit, WeightEdit):
-            raise UserError(
-                f"{self.method} changes no weights, so no ordinary checkpoint can hold its edit: give --as-delta, and "
-                f"put it on in Python with load_edit('{self.output}').applied(model)."
-            )
+            raise self._no_checkpoint()
         else:
             save_edited(model, tokenizer, [edit], self.output, source=self.model, force=self.force)
             after = says_target(model, tokenizer, requests, edit=edit)
@@ -97,6 +95,15 @@ class EditModel:
             f"The model says the target of {request.text!r} already." for request, was in zip(requests, before) if was
         ][:3]
         return result
+
+    def _no_checkpoint(self) -> Exception:
+        from modelwright.errors import UserError
+
+        return UserError(
+            f"{self.method} changes no weights, so no ordinary checkpoint can hold its edit: give --as-delta, and use "
+            f"it with modelwright generate --with 'edited: {{edit: {self.output}}}', or in Python with "
+            f"load_edit('{self.output}').applied(model)."
+        )
 
 
 @dataclass(kw_only=True)

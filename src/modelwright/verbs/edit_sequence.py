@@ -32,6 +32,9 @@ class EditSequence:
         list[str],
         Arg("Abilities: arithmetic, copying, context (generated), or tasks of lm-eval; with commas between."),
     ] = field(default_factory=lambda: ["arithmetic,copying,context"])
+    include_path: Annotated[list[str], Arg("Folders with lm-eval tasks of your own.", kind="input")] = field(
+        default_factory=list
+    )
     keep: Annotated[
         list[str], Arg("Facts that should be kept: question and answer; those known before are asked.", kind="input")
     ] = field(default_factory=list)
@@ -138,7 +141,9 @@ class EditSequence:
                 )
             found["facts"] = facts
         if others := tuple(name for name in names if name not in WORLD):
-            found["lm_eval"] = LmEvalTasks(tokenizer, others, self.limit, batch_size=self.batch_size)
+            found["lm_eval"] = LmEvalTasks(
+                tokenizer, others, self.limit, batch_size=self.batch_size, include_path=tuple(self.include_path)
+            )
         if not found:
             raise UserError("No ability is named: give --tasks or --keep.")
         return found

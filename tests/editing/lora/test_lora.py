@@ -69,6 +69,26 @@ def test_it_is_on_query_and_value_of_all_layers():
     ]
 
 
+@pytest.mark.parametrize("editor", [LoRA(steps=8), AdaLoRA(steps=8)], ids=lambda e: e.name)
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_where_they_are_fused_the_key_stays_as_it_is(family, editor):
+    model = tiny_model(family)
+    edit = editor.fit(model, TOKENIZER, [REQUEST])
+
+    def weights():
+        found = [(p.weight().detach().clone()) for la in roles(model).layers for p in (la.query, la.key, la.value)]
+        return found[0::3], found[1::3], found[2::3]
+
+    before = weights()
+    with edit.applied(model):
+        query, key, value = weights()
+        inner = model(IDS).logits
+    assert all(torch.equal(one, other) for one, other in zip(key, before[1]))
+    for now, was in ((query, before[0]), (value, before[2])):
+        assert all(float((one - other).abs().max()) > 1e-4 for one, other in zip(now, was))
+    assert inner.isfinite().all()
+
+
 @pytest.mark.parametrize("editor", [LoRA(), AdaLoRA(), AdaLoRA(start_rank=12)], ids=["lora", "adalora", "pruned"])
 def test_the_papers_settings_learn_the_fact(editor):
     assert (editor.rank, editor.alpha, editor.dropout, editor.learning_rate, editor.steps) == (8, 32, 0.1, 5e-3, 70)

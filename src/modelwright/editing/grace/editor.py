@@ -37,6 +37,7 @@ class GRACE(Editor):
     """
 
     name: ClassVar[str] = "grace"
+    changes_weights: ClassVar[bool] = False
 
     layer: Annotated[int | None, Arg("Layer whose MLP output is replaced; 27 of 32 by default.")] = None
     radius: Annotated[float, Arg("Radius of a new key (ε).")] = 1.0

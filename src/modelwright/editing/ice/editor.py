@@ -57,6 +57,7 @@ class ICE(Editor):
     """
 
     name: ClassVar[str] = "ice"
+    changes_weights: ClassVar[bool] = False
 
     def fit(
         self,

@@ -51,6 +51,10 @@ class _Adapter(Editor):
     def _factors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
+    def _left(self, layer: Any) -> torch.Tensor:
+        """Returns the adapter's trained factor (out, rank)."""
+        raise NotImplementedError
+
     def _penalty(self, adapted: nn.Module) -> torch.Tensor | float:
         return 0.0
 
@@ -67,7 +71,8 @@ class _Adapter(Editor):
     ) -> WeightEdit:
         """See :meth:`Editor.fit`. The adapter is taken off again; its product is kept as factors.
 
-        On families that fuse query, key and value (GPT-2, GPT-NeoX) the adapter is on the fused map, as peft has it.
+        On families that fuse query, key and value (GPT-2, GPT-NeoX) the adapter is on the fused map, but what it adds
+        to the key stays zero.
 
         ``details`` has each pass's mean loss.
         """
@@ -76,7 +81,7 @@ class _Adapter(Editor):
         check_requests(requests)
         progress = progress or Silent()
         inner: Any = unwrap(model)
-        targets = self._targets(model)
+        targets, rows = self._targets(model)
         batches = [
             make_examples(model, tokenizer, [(r.text, r.target) for r in requests[at : at + self.batch_size]])
             for at in range(0, len(requests), self.batch_size)
@@ -96,6 +101,8 @@ class _Adapter(Editor):
                 for name, module in adapted.named_modules():
                     module.training = "lora_dropout" in name
                 parameters = [p for p in adapted.parameters() if p.requires_grad]
+                for name in targets:
+                    self._keep_out(inner.get_submodule(name), rows[name])
                 optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
                 step = 0
                 for _ in range(self.steps):
@@ -119,15 +126,31 @@ class _Adapter(Editor):
         progress.advance(len(requests), f"loss {losses[-1]:.3g}")
         return WeightEdit(self.name, model_fingerprint(model), deltas, requests, {"losses": losses})
 
-    def _targets(self, model: PreTrainedModel) -> dict[str, Projection]:
+    def _targets(self, model: PreTrainedModel) -> tuple[dict[str, Projection], dict[str, torch.Tensor | None]]:
+        """Returns the maps to adapt by name, and which of a fused one's outputs are the query's or the value's."""
         parts = roles(model)
         chosen = [check_layer(layer, len(parts.layers)) for layer in self.layers] or range(len(parts.layers))
-        found = {p.name: p for i in chosen for p in (parts.layers[i].query, parts.layers[i].value) if p is not None}
-        if not found:
+        every = [p for i in chosen for p in (parts.layers[i].query, parts.layers[i].value) if p is not None]
+        if not every:
             raise UserError(f"The layers of a '{parts.family}' model have no query or value projection to adapt.")
+        found = {p.name: p for p in every}
+        rows: dict[str, torch.Tensor | None] = {}
         for name in found:
             check_editable(model, f"{name}.weight")
-        return found
+            own = [p.rows for p in every if p.name == name and p.rows is not None]
+            rows[name] = torch.cat(own) if own else None
+        return found, rows
+
+    @torch.no_grad()
+    def _keep_out(self, layer: Any, rows: torch.Tensor | None) -> None:
+        """Keeps an adapter's other outputs than these at zero, where there are others."""
+        if rows is None:
+            return
+        left = self._left(layer)
+        kept = torch.zeros(len(left), 1, dtype=left.dtype, device=left.device)
+        kept[rows.to(left.device)] = 1.0
+        left.mul_(kept)
+        left.register_hook(lambda gradient: gradient * kept)
 
 
 @dataclass(kw_only=True)
@@ -144,7 +167,11 @@ class LoRA(_Adapter):
         )
 
     def _factors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return layer.lora_B[_ADAPTER].weight * layer.scaling[_ADAPTER], layer.lora_A[_ADAPTER].weight
+        return self._left(layer) * layer.scaling[_ADAPTER], layer.lora_A[_ADAPTER].weight
+
+    def _left(self, layer: Any) -> torch.Tensor:
+        found: torch.Tensor = layer.lora_B[_ADAPTER].weight
+        return found
 
 
 @dataclass(kw_only=True)
@@ -185,7 +212,11 @@ class AdaLoRA(_Adapter):
 
     def _factors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         scale = layer.scaling[_ADAPTER] / (layer.ranknum[_ADAPTER] + 1e-5)
-        return layer.lora_B[_ADAPTER] * scale, layer.lora_A[_ADAPTER] * layer.lora_E[_ADAPTER]
+        return self._left(layer) * scale, layer.lora_A[_ADAPTER] * layer.lora_E[_ADAPTER]
+
+    def _left(self, layer: Any) -> torch.Tensor:
+        found: torch.Tensor = layer.lora_B[_ADAPTER]
+        return found
 
 
 def _vectors(adapted: nn.Module) -> list[torch.Tensor]:

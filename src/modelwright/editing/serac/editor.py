@@ -39,6 +39,7 @@ class SERAC(Editor):
     """
 
     name: ClassVar[str] = "serac"
+    changes_weights: ClassVar[bool] = False
 
     trained: Annotated[Path | None, Arg("Folder of the trained parts.", kind="input")] = None
     threshold: Annotated[float, Arg("Score above which an input is in scope.")] = 0.5

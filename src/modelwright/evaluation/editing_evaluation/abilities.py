@@ -7,13 +7,13 @@ answer above wrong ones is another question, so both are measured.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modelwright.editing.subject import encode_prompt
-from modelwright.errors import UserError, require
+from modelwright.errors import UserError
 from modelwright.evaluation.asking import Layout, Turn, answers
 from modelwright.evaluation.fact_texts import Asked, FactModelTexts, ask
 from modelwright.evaluation.matching import match
@@ -245,7 +245,7 @@ def facts_to_keep(
 
 @dataclass(frozen=True)
 class LmEvalTasks:
-    """Tasks of lm-eval on the live, hooked model.
+    """Tasks of lm-eval on the live, hooked model, through :func:`~modelwright.evaluation.harness.evaluate_tasks`.
 
     Attributes:
         tokenizer: The model's tokenizer.
@@ -253,6 +253,10 @@ class LmEvalTasks:
         limit: Documents of each task at most.
         shots: Examples in the prompt; None takes the task's own number.
         batch_size: Documents at once.
+        include_path: Folders with tasks of the user's.
+
+    Raises:
+        UserError: lm-eval is not installed, or does not know a task.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -260,28 +264,34 @@ class LmEvalTasks:
     limit: int | None = None
     shots: int | None = None
     batch_size: int = 8
+    include_path: tuple[str, ...] = ()
+    _manager: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        from modelwright.evaluation.harness import find_tasks
+
+        # Looked up once, and before any edit.
+        object.__setattr__(self, "_manager", find_tasks(self.tasks, self.include_path))
 
     def __call__(self, state: State) -> dict[str, float]:
         """Returns each task's metrics, ``task.metric`` to value: exact match is by generation, acc by likelihood.
 
         Raises:
-            UserError: lm-eval is not installed, does not know a task, or the edits live in the prompt.
+            UserError: A task's data cannot be loaded, or the edits live in the prompt.
         """
-        lm_eval = require("lm_eval", "lm-eval", "tasks of lm-eval")
-        huggingface = require("lm_eval.models.huggingface", "lm-eval", "tasks of lm-eval")
+        from modelwright.evaluation.harness import evaluate_tasks
+
         if state.prompt("x") != "x":
             raise UserError("Tasks of lm-eval have prompts of their own, into which in-context edits cannot be put.")
-        lm = huggingface.HFLM(pretrained=state.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
-        try:
-            found = lm_eval.simple_evaluate(
-                model=lm, tasks=list(self.tasks), limit=self.limit, num_fewshot=self.shots, bootstrap_iters=0,
-                log_samples=False,
-            )  # fmt: skip
-        except (KeyError, ValueError) as error:
-            raise UserError(f"lm-eval could not run {', '.join(self.tasks)}: {error}.") from error
+        found = evaluate_tasks(
+            state.model, self.tokenizer, self.tasks, manager=self._manager, num_fewshot=self.shots, limit=self.limit,
+            batch_size=self.batch_size,
+        )  # fmt: skip
         return {
             f"{task}.{metric}": float(value)
             for task, metrics in found["results"].items()
             for metric, value in metrics.items()
-            if isinstance(value, int | float) and "stderr" not in metric and metric != "sample_len"
+            if isinstance(value, int | float)
+            and "stderr" not in metric
+            and metric not in ("sample_len", "sample_count")
         }
