@@ -25,9 +25,18 @@ GENERATORS = {
 }
 #: Those whose law of a whole text is what they generate by.
 WITH_LAW = ("plain", "decore", "cad", "contrastive-decoding", "dola", "multi-draft")
-CONTEXTS = {"string": {"shift": 12, "window": 3}, "edited": {"edit": ["{folder}/edit"]}}
-#: Families of models without rotary positions, or without attention.
-NO_ROTARY, NO_ATTENTION = ("gpt2",), ("mamba2",)
+CONTEXTS = {
+    "string": {"shift": 12, "window": 3},
+    "rope-alibi": {},
+    "prflash": {"keep": [0], "block_size": 4},
+    "edited": {"edit": ["{folder}/edit"]},
+}
+#: Contexts that stand in place of the model's attention, so that there is one at most.
+ATTENTIONS = ("string", "rope-alibi", "prflash")
+#: Contexts that need rotary positions; and those that take no sliding window.
+ROTARY, NO_WINDOW = ("string", "rope-alibi"), ("prflash",)
+#: Families of models without rotary positions, without attention, and with sliding windows.
+NO_ROTARY, NO_ATTENTION, WINDOW = ("gpt2",), ("mamba2",), ("gemma2",)
 FAMILIES = ("llama", "qwen2", "mistral", "gemma", "gemma2", "gpt2", "gpt_neox", "mamba2")
 
 
@@ -60,15 +69,23 @@ TWO = [
     Refused(a, b, "both choose the tokens, so only one of them can be used at a time")
     for a, b in itertools.combinations(GENERATORS, 2)
 ]
+TWO_ATTENTIONS = [
+    Refused(a, b, "attention is changed|another context") for a, b in itertools.permutations(ATTENTIONS, 2)
+]
 ON_MODELS = [
-    *(Refused("string", family, "rotary") for family in (*NO_ROTARY, *NO_ATTENTION)),
+    *(Refused(context, family, "rotary") for context in ROTARY for family in (*NO_ROTARY, *NO_ATTENTION)),
+    *(
+        Refused(context, family, "sliding|no full attention")
+        for context in NO_WINDOW
+        for family in (*WINDOW, *NO_ATTENTION)
+    ),
     *(Refused(generator, family, "attention|cache") for generator in GENERATORS for family in NO_ATTENTION),
 ]
 WORKS_ON = [
     (method, family)
     for method in (*CONTEXTS, *GENERATORS)
     for family in FAMILIES
-    if method == "edited" or (family not in NO_ATTENTION and not (method == "string" and family in NO_ROTARY))
+    if (method, family) not in {(r.first, r.second) for r in ON_MODELS}
 ]
 
 
@@ -99,6 +116,8 @@ def page() -> str:
         "\n## Two methods that choose the tokens\n",
         "Refused, all pairs: *'a' and 'b' both choose the tokens, so only one of them can be used at a time.* The same "
         "method twice\nis refused too.\n",
+        "## Two methods that change the attention\n",
+        f"Refused, all pairs of {', '.join(ATTENTIONS)}: a model has one attention at a time.\n",
         "## Families of models\n",
         "| | " + " | ".join(FAMILIES) + " |",
         "| :-- |" + " :-: |" * len(FAMILIES),
@@ -111,7 +130,8 @@ def page() -> str:
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines.append(
         "\nRefusals come before any token, in one sentence that says why: a model without rotary positions cannot be "
-        "shifted, and\na recurrent state has neither heads nor a cache of tokens."
+        "shifted, and\na recurrent state has neither heads nor a cache of tokens; a sliding window has a choice of "
+        "keys of its own."
     )
     return "\n".join(lines) + "\n"
 

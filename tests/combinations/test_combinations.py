@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from combinations.cases import CONTEXTS, GENERATORS, ON_MODELS, PAGE, TOGETHER, TWO, UNDER, WITH_LAW, WORKS_ON, page
+from combinations.cases import (
+    CONTEXTS,
+    GENERATORS,
+    ON_MODELS,
+    PAGE,
+    TOGETHER,
+    TWO,
+    TWO_ATTENTIONS,
+    UNDER,
+    WITH_LAW,
+    WORKS_ON,
+    page,
+)
 from modelwright.decoding.generate import Prompt, Sampling, generate
 from modelwright.decoding.parts import read_parts
 from modelwright.errors import UserError
@@ -133,6 +145,14 @@ def test_what_a_context_refuses(pair, folder):
     with pytest.raises(UserError, match=pair.sentence), both.on(model, TOKENIZER) as on:
         written(on)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("pair", TWO_ATTENTIONS, ids=lambda pair: f"{pair.first}-{pair.second}")
+def test_two_attentions_are_refused(pair, folder):
+    model = attentive("llama")
+    both = parts([pair.first, pair.second], folder, model)
+    with pytest.raises(UserError, match=pair.sentence), both.on(model, TOKENIZER):
+        pass
 
 
 @pytest.mark.parametrize("pair", ON_MODELS, ids=lambda pair: f"{pair.first}-{pair.second}")

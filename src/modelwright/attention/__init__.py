@@ -1,1 +1,1 @@
-"""Attention: how a trained model reads its context, changed without training."""
+"""Attention: how a model reads its context, and by what positions."""

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 from modelwright import catalog
 from modelwright.errors import UserError
 from modelwright.files import atomic_path
+from modelwright.options import make_part
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+#: Entry of a config that says which attention of ours a checkpoint was trained with: ``name`` and ``options``.
+ATTENTION_KEY = "modelwright_attention"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
@@ -135,7 +138,36 @@ def load_checked(
             f"{folder}: {len(names)} weights of {type(model).__name__} are missing, such as '{names[0]}': "
             f"the checkpoint is incomplete, or is not {what}."
         )
+    if attn_implementation is None and getattr(config, ATTENTION_KEY, None) is not None:
+        _restore_attention(model, folder)
     return model.to(target)
+
+
+def _restore_attention(model: Any, folder: Path) -> None:
+    """Puts the attention in place that a checkpoint was trained with, with what was learned of it.
+
+    Raises:
+        UserError: There is no such attention here, or its weights are missing.
+    """
+    import torch
+    from safetensors import safe_open
+
+    entry = getattr(model.config, ATTENTION_KEY)
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise UserError(f"{folder}/config.json: '{ATTENTION_KEY}' must hold the name of an attention and its options.")
+    before = set(model.state_dict())
+    make_part(catalog.load("attentions", entry["name"]), entry["name"], entry.get("options")).install(model)
+    learned = {name: value for name, value in model.state_dict().items() if name not in before}
+    found = set()
+    for file in sorted(folder.glob("*.safetensors")) if learned else ():
+        with safe_open(file, framework="pt") as weights, torch.no_grad():
+            for name in set(weights.keys()) & set(learned):
+                learned[name].copy_(weights.get_tensor(name))
+                found.add(name)
+    if missing := sorted(set(learned) - found):
+        raise UserError(
+            f"{folder}: {len(missing)} weights of the attention '{entry['name']}' are missing, such as '{missing[0]}'."
+        )
 
 
 def load_config(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:

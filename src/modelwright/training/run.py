@@ -41,6 +41,7 @@ def train_to_folder(
     model: str | None = None,
     architecture: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    attention: str | None = None,
     tokenizer: str | Path | None = None,
     eval_data: Sequence[str | Path] = (),
     text_field: str = "text",
@@ -57,6 +58,8 @@ def train_to_folder(
         model: Checkpoint to continue, or
         architecture: architecture to train from scratch.
         settings: Config fields for ``architecture``.
+        attention: An attention of the catalog with its options, such as ``rope-alibi`` or ``prflash: {law: uniform}``,
+            which the written checkpoint keeps; the model's own by default.
         tokenizer: Its folder or hub id; that of ``model`` by default.
         eval_data: Held-out documents.
         text_field: Field of the text.
@@ -96,6 +99,10 @@ def train_to_folder(
         network = load_model(str(model), device="cpu", trust_remote_code=trust_remote_code)
         dtype = network.dtype
         network = network.to(resolve_dtype("float32"))
+    if attention is not None:
+        from modelwright.attention.implementation import read_attention
+
+        read_attention(attention).install(network)
     records = Records(list(data), text_field)
     heldout = list(Records(list(eval_data), text_field).texts()) if eval_data else []
     plan = {
@@ -105,6 +112,7 @@ def train_to_folder(
         "model": _identity(model),
         "architecture": architecture,
         "set": dict(settings or {}),
+        "attention": attention,
         "tokenizer": _identity(str(source)),
         "processes": os.environ.get("WORLD_SIZE", "1"),
     }

@@ -24,6 +24,9 @@ class Train:
     set: Annotated[dict[str, Any], Arg("A field of the new model's config, such as hidden_size=256.")] = field(
         default_factory=dict
     )
+    attention: Annotated[
+        str | None, Arg("Train with this attention, by name or as 'name: {option: value}'; the checkpoint keeps it.")
+    ] = None
     tokenizer: Annotated[str | None, Arg("Tokenizer: a folder or a hub id; the model's by default.", kind="input")] = (
         None
     )
@@ -69,6 +72,7 @@ class Train:
             model=self.model,
             architecture=self.architecture,
             settings=self.set,
+            attention=self.attention,
             tokenizer=self.tokenizer,
             eval_data=self.eval_data,
             text_field=self.text_field,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from modelwright.attention.string.hook import Hook, check_rotary, hooked
+from modelwright.attention.rotary import check_rotary
+from modelwright.attention.string.hook import Hook, hooked
 from modelwright.attention.string.serve import serve
 from modelwright.errors import UserError
 from modelwright.options import Arg

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelwright.attention.string.hook import Call, check_rotary, hooked
+from modelwright.attention.rotary import check_rotary
+from modelwright.attention.string.hook import Call, hooked
 from modelwright.attention.string.rotation import Rotation
 from modelwright.errors import UserError
 

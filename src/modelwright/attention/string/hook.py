@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modelwright.attention.implementation import TEMPORARY, is_changed
+from modelwright.attention.rotary import check_rotary
 from modelwright.attention.string.rotation import Rotation, match
 from modelwright.errors import UserError
 from modelwright.models.loading import first_line
@@ -28,7 +30,7 @@ from modelwright.models.loading import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PREFIX = "modelwright-positions-"
+_PREFIX = f"{TEMPORARY}positions-"
 _NUMBERS = itertools.count()
 
 
@@ -256,26 +258,6 @@ def _places(position_ids: torch.Tensor | None, rows: int, keys: int) -> tuple[to
     return position_ids, torch.cat((cached, position_ids), dim=1)
 
 
-def is_hooked(model: PreTrainedModel) -> bool:
-    """Whether a context of this file is open on the model."""
-    return str(getattr(model.get_decoder().config, "_attn_implementation", "")).startswith(_PREFIX)
-
-
-def check_rotary(model: PreTrainedModel) -> None:
-    """Refuses a model whose positions are no rotation.
-
-    Raises:
-        UserError: It has ALiBi, or no frequencies of a rotary embedding.
-    """
-    decoder = model.get_decoder()
-    if getattr(decoder.config, "alibi", False):
-        raise UserError(f"{type(model).__name__} tells positions by ALiBi, not by rotation.")
-    if not any("inv_freq" in name for module in decoder.modules() for name, _ in module.named_buffers(recurse=False)):
-        raise UserError(
-            f"{type(model).__name__} has no rotary position embedding (its positions are learned, or it has none)."
-        )
-
-
 @contextlib.contextmanager
 def hooked(
     model: PreTrainedModel,
@@ -302,7 +284,7 @@ def hooked(
     check_rotary(model)
     decoder = model.get_decoder()
     config = decoder.config
-    if is_hooked(model):
+    if is_changed(model):
         raise UserError("This model's positions are changed by another context already: leave that one first.")
     own = copy.deepcopy(config)
     hook = Hook(

@@ -1,0 +1,30 @@
+"""torch's flex_attention, compiled, as transformers compiles it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def compiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable[..., torch.Tensor] | None,
+    block_mask: Any,
+    scaling: float,
+    training: bool,
+) -> torch.Tensor:
+    """Attends; (batch, heads, rows, value size) in the query's dtype. Heads of a group share keys where flex can."""
+    from transformers.integrations.flex_attention import compile_friendly_flex_attention
+
+    heads = query.shape[1]
+    if heads & (heads - 1):  # as transformers does: the kernel packs groups in powers of two
+        key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    found: torch.Tensor = compile_friendly_flex_attention(
+        query, key, value, training=training, score_mod=score_mod, block_mask=block_mask, scale=scaling,
+        enable_gqa=key.shape[1] < heads,
+    )  # fmt: skip
+    return found
