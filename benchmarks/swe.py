@@ -91,6 +91,40 @@ def against_rescan(texts: list[str], merges: int) -> dict[str, Any]:
     }
 
 
+def page(result: dict[str, Any]) -> dict[str, Any]:
+    peer, naive = result["against_bpe"], result["against_rescan"]
+    return {
+        "title": "SWE: training a tokenizer by likelihood",
+        "question": "What does it cost to choose each merge by its exact gain in likelihood?",
+        "tables": {
+            "Beside the BPE trainer of tokenizers": [
+                {
+                    "text (MB)": peer["megabytes"],
+                    "merges": peer["merges"],
+                    "BPE (s)": peer["seconds"]["bpe"],
+                    "SWE (s)": peer["seconds"]["swe"],
+                    "SWE ÷ BPE (asked at most 10)": peer["ratio"],
+                    "bits per character, BPE": peer["bits_per_character_of_a_sample"]["bpe"],
+                    "bits per character, SWE": peer["bits_per_character_of_a_sample"]["swe"],
+                }
+            ],
+            "Beside a rescan for each merge": [
+                {
+                    "different words": naive["words"],
+                    "merges": naive["merges"],
+                    "rescan (s)": naive["seconds"]["rescan"],
+                    "index (s)": naive["seconds"]["fast"],
+                    "times faster": naive["times_faster"],
+                    "same merges": naive["same_merges"],
+                }
+            ],
+        },
+        "notes": "Bits per character of a sample of the texts, each token coded by its frequency there. BPE's trainer "
+        "is compiled and uses all cores to count words; SWE's is numpy on one core.",
+        "command": "python benchmarks/swe.py",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 MB and 500 merges: to see that it runs")
@@ -105,7 +139,7 @@ def main() -> None:
         "against_bpe": against_bpe(texts, 259 + (500 if options.quick else 8000), 1 if options.quick else 2),
         "against_rescan": against_rescan(texts[: 5 if options.quick else 40], 10 if options.quick else 60),
     }
-    result |= {"machine": machine(), "versions": versions()}
+    result |= {"machine": machine(), "versions": versions(), **page(result)}
     print(result["against_bpe"], result["against_rescan"], sep="\n")
     if not options.quick:
         write_json(options.output, result)
