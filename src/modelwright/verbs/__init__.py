@@ -36,6 +36,7 @@ VERBS: dict[str, str] = {
     "edit statistics": "modelwright.verbs.edit_look:EditStatistics",
     "edit trace": "modelwright.verbs.edit_look:EditTrace",
     "edit train": "modelwright.verbs.edit_train:EditTrain",
+    "sweep word2vec": "modelwright.verbs.sweep_word2vec:SweepWord2Vec",
     "run": "modelwright.verbs.run:Run",
     "report": "modelwright.verbs.report:Report",
     "verify": "modelwright.verbs.verify:Verify",

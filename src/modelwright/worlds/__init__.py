@@ -18,6 +18,7 @@ WORLDS = {
     "graded": "modelwright.worlds.domains:graded",
     "facts": "modelwright.worlds.facts:facts",
     "retrieval": "modelwright.worlds.retrieval:retrieval",
+    "analogies": "modelwright.worlds.analogies:analogies",
     "copying": "modelwright.worlds.copying:copying",
     "pictures": "modelwright.worlds.pictures:pictures",
     "fact_pairs": "modelwright.worlds.fact_pairs:fact_pairs",
