@@ -59,7 +59,7 @@ def save_an_edit(model, folder):
     shape = model.get_parameter(name).shape
     draw = torch.Generator().manual_seed(1)
     delta = LowRank(torch.randn(shape[0], 1, generator=draw), torch.randn(1, shape[1], generator=draw))
-    WeightEdit("test", model_fingerprint(model), {name: delta}).save(folder, force=True)
+    WeightEdit("test", model_fingerprint(model, whole=[name]), {name: delta}).save(folder, force=True)
 
 
 def filled(value, folder):

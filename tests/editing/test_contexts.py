@@ -31,7 +31,9 @@ def test_they_are_those_of_the_model_below_its_edits():
     editor = ROME()
     plain = editor._contexts(model, TOKENIZER)
     assert len(plain) == 21
-    edit = WeightEdit("t", model_fingerprint(model), {"lm_head.weight": Dense(torch.randn(259, 32))})
+    edit = WeightEdit(
+        "t", model_fingerprint(model, whole=["lm_head.weight"]), {"lm_head.weight": Dense(torch.randn(259, 32))}
+    )
     with edit.applied(model):
         assert ROME()._contexts(model, TOKENIZER) == plain
     # Another model gets its own, from the same editor.

@@ -7,7 +7,7 @@ from torch import nn
 from modelwright.editing import Edit, EditRequest, WeightEdit, load_edit, revert_all
 from modelwright.editing.deltas import Columns, Dense, LowRank, join
 from modelwright.editing.edit import HookEdit, base_fingerprint, edits_on, merge, unedited
-from modelwright.editing.fingerprint import checksum, model_fingerprint
+from modelwright.editing.fingerprint import checksum, model_fingerprint, sample
 from modelwright.errors import UserError
 from modelwright.models.tiny import tiny_model
 
@@ -26,7 +26,7 @@ def low_rank(model, seed=0, rank=2, name=NAME):
     out, into = dict(model.named_parameters())[name].shape
     g = torch.Generator().manual_seed(seed)
     delta = LowRank(torch.randn(out, rank, generator=g), torch.randn(rank, into, generator=g))
-    return WeightEdit("test", model_fingerprint(model), {name: delta})
+    return WeightEdit("test", model_fingerprint(model, whole=[name]), {name: delta})
 
 
 class Doubled(HookEdit):
@@ -77,7 +77,8 @@ def test_a_stack_comes_off_in_reverse_order_bit_by_bit():
     with unedited(model):
         assert same(states[0], bits(model))
     assert same(states[5], bits(model))
-    assert base_fingerprint(model) == edits[0].fingerprint != model_fingerprint(model)
+    assert base_fingerprint(model) == model_fingerprint(tiny_model("llama").to(torch.bfloat16))
+    assert base_fingerprint(model) != model_fingerprint(model)
     for edit, state in zip(edits[:2:-1], states[4:2:-1]):
         edit.revert_(model)
         assert same(state, bits(model))
@@ -106,15 +107,51 @@ def test_another_model_is_refused():
         edit.apply_(copied)
 
 
-def test_fingerprints_see_every_value_and_no_dtype():
+def test_fingerprints_see_no_dtype_and_of_what_is_read_whole_every_value():
     model = tiny_model("llama").to(torch.bfloat16)
-    found = model_fingerprint(model)
+    found, entire = model_fingerprint(model), model_fingerprint(model, whole=[NAME])
+    assert len({found, entire, model_fingerprint(model, whole=[NAME.replace("1", "0")])}) == 3
     assert model_fingerprint(copy.deepcopy(model).float()) == found
+    assert model_fingerprint(copy.deepcopy(model).float(), whole=[NAME]) == entire
     with torch.no_grad():
         p = model.get_parameter(NAME)
         p[3, 4], p[4, 3] = p[4, 3].clone(), p[3, 4].clone()
-    assert model_fingerprint(model) != found
+    assert model_fingerprint(model, whole=[NAME]) != entire
     assert model_fingerprint(tiny_model("gpt2")) != model_fingerprint(tiny_model("gpt2", seed=2))
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (30, 45), (7, 7), (1, 5), (5, 1), (3, 4, 6), (9,)])
+def test_a_sample_meets_every_row_and_every_column(shape):
+    numbers = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    seen = sample(numbers)
+    matrix = numbers.reshape(-1, shape[-1])
+    assert len(seen) == (max(matrix.shape) if len(shape) > 1 else shape[0])
+    rows = {int(i) for i in seen // matrix.shape[1]} if len(shape) > 1 else {0}
+    assert rows == set(range(matrix.shape[0]))
+    assert {int(i) for i in seen % matrix.shape[1]} == set(range(matrix.shape[1]))
+
+
+@pytest.mark.parametrize("place", ["column", "row", "rank one"])
+def test_an_edit_anywhere_is_seen_though_few_values_are_read(place):
+    """Edits that the fit of another one did not see: a column (KN), a row, a product."""
+    model = tiny_model("llama")
+    before = model_fingerprint(model)
+    matrix = model.get_parameter(NAME)
+    for number in range(max(matrix.shape)):
+        kept = matrix.detach().clone()
+        with torch.no_grad():
+            if place == "column":
+                matrix[:, number % matrix.shape[1]] += 0.5
+            elif place == "row":
+                matrix[number % matrix.shape[0]] += 0.5
+            else:
+                matrix += torch.outer(torch.randn(matrix.shape[0]), torch.randn(matrix.shape[1]))
+            assert model_fingerprint(model) != before
+            matrix.copy_(kept)
+    assert model_fingerprint(model) == before
+
+
+def test_checksums_see_every_place():
     long = torch.randn(3, 1 << 19)
     swapped = long.clone().view(-1)
     swapped[[0, 1 << 20]] = swapped[[1 << 20, 0]]  # in two chunks
@@ -171,7 +208,7 @@ def test_a_damaged_edit_is_refused(tmp_path):
         load_edit(tmp_path)
     low_rank(model).save(tmp_path / "edit")
     text = (tmp_path / "edit" / "edit.json").read_text()
-    for old, new in [('"low rank"', '"high rank"'), ('"weights"', '"nothing"'), ('"format": 1', '"format": 9')]:
+    for old, new in [('"low rank"', '"high rank"'), ('"weights"', '"nothing"'), ('"format": 2', '"format": 1')]:
         (tmp_path / "edit" / "edit.json").write_text(text.replace(old, new))
         with pytest.raises(UserError):
             load_edit(tmp_path / "edit")
@@ -217,16 +254,15 @@ def test_hooks_go_on_and_off():
 
 def test_weights_that_cannot_be_edited_are_refused():
     model = tiny_model("llama", tie_word_embeddings=True)
-    found = model_fingerprint(model)
-    tied = WeightEdit("test", found, {"model.embed_tokens.weight": Dense(torch.zeros(259, 32))})
+    tied = WeightEdit("test", None, {"model.embed_tokens.weight": Dense(torch.zeros(259, 32))})
     with pytest.raises(UserError, match="tied to 'lm_head.weight'"):
         tied.apply_(model)
     with pytest.raises(UserError, match="no parameter 'x'"):
-        WeightEdit("test", found, {"x": Dense(torch.zeros(3))}).apply_(model)
+        WeightEdit("test", None, {"x": Dense(torch.zeros(3))}).apply_(model)
     with pytest.raises(UserError, match="has shape"):
-        WeightEdit("test", found, {NAME: Dense(torch.zeros(3))}).apply_(model)
+        WeightEdit("test", None, {NAME: Dense(torch.zeros(3))}).apply_(model)
     with pytest.raises(UserError, match="not finite"):
-        WeightEdit("test", found, {NAME: Dense(torch.full((32, 64), torch.nan))})
+        WeightEdit("test", None, {NAME: Dense(torch.full((32, 64), torch.nan))})
     down = model.model.layers[1].mlp.down_proj
     down.weight = nn.Parameter(down.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(UserError, match="quantised"):

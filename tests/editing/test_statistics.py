@@ -106,7 +106,8 @@ def test_they_are_of_the_model_below_its_edits():
     model = tiny_model("llama")
     base = KeyStatistics.collect(model, TOKENIZER, TEXTS, [0, 1])
     delta = LowRank(torch.randn(32, 1), torch.randn(1, 64))
-    edit = WeightEdit("test", model_fingerprint(model), {"model.layers.0.mlp.down_proj.weight": delta})
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit = WeightEdit("test", model_fingerprint(model, whole=[name]), {name: delta})
     with edit.applied(model):
         base.check(model, [0, 1])
         again = KeyStatistics.collect(model, TOKENIZER, TEXTS, [0, 1])

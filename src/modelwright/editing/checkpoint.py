@@ -16,7 +16,6 @@ import torch
 from modelwright import files
 from modelwright.editing.edit import Edit, WeightEdit, base_fingerprint, load_edit
 from modelwright.editing.examples import make_examples
-from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest
 from modelwright.errors import UserError
 from modelwright.models.loading import write_model
@@ -106,7 +105,7 @@ def take_off_last(
         if name not in parameters or parameters[name].shape != value.shape:
             raise UserError(f"{source} has no weight '{name}' of shape {tuple(value.shape)}: its edits are another's.")
         parameters[name].copy_(value)
-    if edit.fingerprint is not None and model_fingerprint(model) != edit.fingerprint:
+    if edit.fingerprint is not None and edit.found_on(model) != edit.fingerprint:
         raise UserError(
             f"Without its last edit {source} is not the model that the edit was fitted on: its weights were changed "
             f"afterwards (trained, converted or rounded), so the edit cannot be taken off."

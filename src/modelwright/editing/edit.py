@@ -26,7 +26,7 @@ from modelwright.editing.requests import EditRequest
 from modelwright.errors import UserError
 from modelwright.models.roles import unwrap
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -90,7 +90,8 @@ class Edit(ABC):
     Attributes:
         method: Name of the editor that made it.
         fingerprint: Of the model that it was fitted on, as :func:`~modelwright.editing.fingerprint.model_fingerprint`
-            gives it; None fits every model (edits that only change the prompt).
+            gives it with every value of ``touched``; None fits every model (edits that only change the prompt).
+        touched: Names of the weights that the fingerprint has whole.
         requests: What it is for.
         details: What the editor found on the way, JSON-able: losses, layers, norms.
         changes_weights: Whether the model's weights are other ones while it is on.
@@ -99,6 +100,7 @@ class Edit(ABC):
 
     changes_weights: ClassVar[bool] = False
     kind: ClassVar[str]
+    touched: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -136,6 +138,10 @@ class Edit(ABC):
         """Returns what to ask the model instead of a question: the same, unless the edit lives in the prompt."""
         return question
 
+    def found_on(self, model: nn.Module) -> str:
+        """Returns the fingerprint that a model has now; this edit's own, if it fits."""
+        return model_fingerprint(model, whole=self.touched)
+
     def apply_(self, model: nn.Module) -> None:
         """Puts the edit on a model, in place.
 
@@ -146,7 +152,7 @@ class Edit(ABC):
         stack = _stacks.setdefault(inner, _Stack())
         if any(edit is self for edit in stack.edits):
             raise UserError(f"This {self.method} edit is on the model already: it can be put on once.")
-        if self.fingerprint is not None and (found := model_fingerprint(inner)) != self.fingerprint:
+        if self.fingerprint is not None and (found := self.found_on(inner)) != self.fingerprint:
             raise UserError(
                 f"The {self.method} edit was fitted on a model with fingerprint {self.fingerprint}, and this one has "
                 f"{found}: it is another model, has edits that the fit did not see, or holds this edit already."
@@ -267,9 +273,11 @@ class WeightEdit(Edit):
         deltas: Mapping[str, Delta],
         requests: Sequence[EditRequest] = (),
         details: Mapping[str, Any] | None = None,
+        touched: Sequence[str] | None = None,
     ) -> None:
         super().__init__(method, fingerprint, requests, details)
         self.deltas = dict(deltas)
+        self.touched = tuple(self.deltas if touched is None else touched)
         for name, delta in self.deltas.items():
             if not delta.is_finite():
                 raise UserError(
@@ -316,7 +324,7 @@ class WeightEdit(Edit):
         for name, delta in self.deltas.items():
             state[name], parts = delta.to_tensors()
             tensors |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
-        return {"deltas": state}, tensors
+        return {"deltas": state, "touched": list(self.touched)}, tensors
 
     @classmethod
     def _from_state(cls, common: dict[str, Any], state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
@@ -324,7 +332,9 @@ class WeightEdit(Edit):
         for name, described in state["deltas"].items():
             parts = {key.rsplit(":", 1)[1]: t for key, t in tensors.items() if key.rsplit(":", 1)[0] == name}
             deltas[name] = from_tensors(described, parts)
-        return cls(common["method"], common["fingerprint"], deltas, common["requests"], common["details"])
+        return cls(
+            common["method"], common["fingerprint"], deltas, common["requests"], common["details"], state["touched"]
+        )
 
 
 class HookEdit(Edit):
@@ -359,7 +369,7 @@ def merge(edits: Sequence[WeightEdit]) -> WeightEdit:
     methods = list(dict.fromkeys(edit.method for edit in edits))
     details = {"merged": [edit.details for edit in edits]}
     requests = [request for edit in edits for request in edit.requests]
-    return WeightEdit("+".join(methods), edits[0].fingerprint, deltas, requests, details)
+    return WeightEdit("+".join(methods), edits[0].fingerprint, deltas, requests, details, edits[0].touched)
 
 
 def check_editable(model: nn.Module, name: str) -> None:

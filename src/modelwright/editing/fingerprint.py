@@ -32,16 +32,38 @@ def checksum(tensor: torch.Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
-def model_fingerprint(model: Any, *, instead: Iterable[tuple[str, torch.Tensor]] = ()) -> str:
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor's values along its diagonal, which goes round until it has met every row and every column.
+
+    An edit changes a whole matrix, or whole columns or rows of one; whichever it is, some of these values change.
+    Vectors are returned whole.
+    """
+    if tensor.ndim < 2 or not tensor.numel():
+        return tensor.detach().reshape(-1)
+    matrix = tensor.detach().reshape(-1, tensor.shape[-1])
+    at = torch.arange(max(matrix.shape), device=tensor.device)
+    return matrix[at % matrix.shape[0], at % matrix.shape[1]]
+
+
+def model_fingerprint(
+    model: Any, *, whole: Iterable[str] = (), instead: Iterable[tuple[str, torch.Tensor]] = ()
+) -> str:
     """Returns a hash (hex) of a model's type and of the names, shapes and values of all its parameters.
 
+    Of most parameters a :func:`sample` is read, some ten thousand values of a matrix, so that it costs little however
+    large the model is. That tells other weights, any training, and every edit that is on the model; single numbers that
+    were changed off the diagonal it does not see, unless the parameter is read whole.
+
     Args:
-        model: A model, wrapped or not. Reads every weight once.
+        model: A model, wrapped or not.
+        whole: Names of parameters of which every value counts: those that an edit touches.
         instead: Values to take for some parameters, by name, instead of the model's.
     """
     inner = unwrap(model)
-    replaced = dict(instead)
+    replaced, entire = dict(instead), set(whole)
     digest = hashlib.sha256(str(getattr(getattr(inner, "config", None), "model_type", type(inner).__name__)).encode())
     for name, parameter in inner.named_parameters():
-        digest.update(f"{name} {checksum(replaced.get(name, parameter))}".encode())
+        value = replaced.get(name, parameter)
+        read = checksum(value if name in entire else sample(value))
+        digest.update(f"{name} {tuple(value.shape)} {name in entire} {read}\n".encode())
     return digest.hexdigest()[:32]

@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modelwright.editing.editor import Editor
+from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.subject import encode_prompt
 from modelwright.errors import UserError
 from modelwright.files import atomic_path, read_json, write_json
 from modelwright.models.scoring import context_length
+from modelwright.options import Arg
 from modelwright.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -56,6 +59,43 @@ class Schedule:
             raise UserError("steps, accumulate, eval_every and patience must all be at least 1.")
         if not self.clip > 0:
             raise UserError(f"The largest norm of the gradient must be above 0, not {self.clip}.")
+
+
+@dataclass(kw_only=True)
+class TrainedEditor(Editor):
+    """Options of the editors that are trained before they edit."""
+
+    steps: Annotated[int, Arg("Training: edits at most.")] = 100_000
+    learning_rate: Annotated[float, Arg("Training: Adam's learning rate.")] = 1e-5
+    edit_weight: Annotated[float, Arg("Training: weight of the loss of what an edit should do.")] = 0.1
+    locality_weight: Annotated[float, Arg("Training: weight of the divergence elsewhere.")] = 1.0
+    accumulate: Annotated[int, Arg("Training: edits whose gradients are summed for a step.")] = 10
+    clip: Annotated[float, Arg("Training: largest norm of that sum.")] = 100.0
+    eval_every: Annotated[int, Arg("Training: edits between two looks at the held-out loss.")] = 5_000
+    patience: Annotated[int, Arg("Training: edits without a better held-out loss before it stops.")] = 40_000
+    seed: Annotated[int, Arg("Training: seed of the start and of the order.")] = 0
+
+    #: Further options that the outcome of the training depends on.
+    shapes_training: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError("learning_rate must be above 0.")
+
+    def schedule(self) -> Schedule:
+        """Returns how long to train, and how."""
+        return Schedule(**{f.name: getattr(self, f.name) for f in fields(Schedule) if hasattr(self, f.name)})
+
+    def settings(
+        self, model: PreTrainedModel, requests: Sequence[EditRequest], locality: Sequence[str]
+    ) -> dict[str, Any]:
+        """Returns what the outcome of the training depends on, JSON-able; checkpoints of others are refused."""
+        named = ("steps", "learning_rate", "edit_weight", "locality_weight", "accumulate", "clip", "seed")
+        values = {name: getattr(self, name) for name in (*named, *self.shapes_training)}
+        return {
+            **{name: list(v) if isinstance(v, tuple) else v for name, v in values.items()},
+            "model": model_fingerprint(model), "requests": [r.to_dict() for r in requests], "locality": list(locality),
+        }  # fmt: skip
 
 
 def learn(

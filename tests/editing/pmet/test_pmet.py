@@ -48,18 +48,11 @@ def test_with_the_same_targets_one_layer_is_memits(monkeypatch):
         outputs = [roles(model).layers[1].down.weight() @ k.T for k in at]
         return Targets(tuple(o.T for o in outputs), tuple(z for _ in modules), [[0.0]] * len(asked))
 
-    from modelwright.editing.memit import editor as memit
-    from modelwright.editing.pmet import editor as pmet
+    from modelwright.editing import spread_editor
 
-    monkeypatch.setattr(memit, "optimise_targets", given)
-    monkeypatch.setattr(pmet, "optimise_targets", given)
-    real = roles(model).layers[1]
-    watched = memit.Spread
-
-    def at_the_mlp(**fields):
-        return watched(**{**fields, "watched": real.down.module})
-
-    monkeypatch.setattr(memit, "Spread", at_the_mlp)
+    monkeypatch.setattr(spread_editor, "optimise_targets", given)
+    down = roles(model).layers[1].down.module
+    monkeypatch.setattr(MEMIT, "_learnt_at", lambda self, last: [down])
     (one,) = MEMIT(layers=[1], **options(model)).fit(model, BYTES, ASKED).deltas.values()
     (other,) = PMET(layers=[1], **options(model)).fit(model, BYTES, ASKED).deltas.values()
     assert torch.allclose(one.dense(), other.dense(), atol=1e-10)

@@ -93,7 +93,7 @@ class _FineTune(Editor):
             progress.advance(len(requests), f"loss {losses[-1]:.3g}")
         change = (weight.detach() - original.float()).to("cpu")
         details = {"layer": layer, "passes": len(losses), "losses": losses, "largest_change": float(change.abs().max())}
-        return WeightEdit(self.name, model_fingerprint(model), {name: Dense(change)}, requests, details)
+        return WeightEdit(self.name, model_fingerprint(model, whole=[name]), {name: Dense(change)}, requests, details)
 
 
 @dataclass(kw_only=True)

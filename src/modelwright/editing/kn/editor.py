@@ -104,7 +104,7 @@ class KN(Editor):
                 deltas[name] = join(deltas[name], delta) if name in deltas else delta
             progress.advance(1, f"{len(neurons)} neurons")
         details: dict[str, Any] = {"neurons": [[list(neuron) for neuron in neurons] for neurons in found]}
-        return WeightEdit(self.name, model_fingerprint(model), deltas, requests, details)
+        return WeightEdit(self.name, model_fingerprint(model, whole=deltas), deltas, requests, details)
 
     def find_neurons(
         self,

@@ -124,7 +124,7 @@ class _Adapter(Editor):
             finally:
                 adapted.unload()
         progress.advance(len(requests), f"loss {losses[-1]:.3g}")
-        return WeightEdit(self.name, model_fingerprint(model), deltas, requests, {"losses": losses})
+        return WeightEdit(self.name, model_fingerprint(model, whole=deltas), deltas, requests, {"losses": losses})
 
     def _targets(self, model: PreTrainedModel) -> tuple[dict[str, Projection], dict[str, torch.Tensor | None]]:
         """Returns the maps to adapt by name, and which of a fused one's outputs are the query's or the value's."""

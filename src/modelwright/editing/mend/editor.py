@@ -15,10 +15,10 @@ from torch.func import functional_call
 
 from modelwright.editing.deltas import LowRank
 from modelwright.editing.edit import WeightEdit, check_editable
-from modelwright.editing.editor import Editor, check_layer
+from modelwright.editing.editor import check_layer
 from modelwright.editing.examples import make_examples, target_loss, token_divergence, trainable_only
 from modelwright.editing.fingerprint import model_fingerprint
-from modelwright.editing.learning import Lesson, Lessons, Schedule, learn, mean_loss, plain_inputs
+from modelwright.editing.learning import Lesson, Lessons, TrainedEditor, learn, mean_loss, plain_inputs
 from modelwright.editing.mend.factors import gradient_factors
 from modelwright.editing.mend.network import MendNetworks
 from modelwright.editing.requests import EditRequest, check_requests
@@ -36,7 +36,7 @@ Factors = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(kw_only=True)
-class MEND(Editor):
+class MEND(TrainedEditor):
     """MEND: learned networks turn the gradient of the edit's loss into a change that generalises and stays local.
 
     Train it once for a model (:meth:`train`, or `modelwright edit train mend`); each edit is then one backward pass.
@@ -53,25 +53,21 @@ class MEND(Editor):
     init_sign: Annotated[
         Literal[1, -1], Arg("1: start up the gradient, as the original; -1 (ours): start as descent.")
     ] = 1
-    steps: Annotated[int, Arg("Training: edits at most.")] = 100_000
     learning_rate: Annotated[float, Arg("Training: Adam's learning rate for the networks.")] = 1e-6
     rate_learning_rate: Annotated[float, Arg("Training: Adam's learning rate for the rates.")] = 1e-4
-    edit_weight: Annotated[float, Arg("Training: weight of the edit's loss.")] = 0.1
-    locality_weight: Annotated[float, Arg("Training: weight of the divergence elsewhere.")] = 1.0
-    accumulate: Annotated[int, Arg("Training: edits whose gradients are summed for a step.")] = 10
-    clip: Annotated[float, Arg("Training: largest norm of that sum.")] = 100.0
-    eval_every: Annotated[int, Arg("Training: edits between two looks at the held-out loss.")] = 5_000
-    patience: Annotated[int, Arg("Training: edits without a better held-out loss before it stops.")] = 40_000
-    seed: Annotated[int, Arg("Training: seed of the start and of the order.")] = 0
 
+    shapes_training: ClassVar[tuple[str, ...]] = (
+        "layers", "rank", "hidden", "normalise", "rate", "init_sign", "rate_learning_rate",
+    )  # fmt: skip
     #: The networks, once trained or loaded.
     networks: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.rank, self.hidden + 1) < 1:
             raise UserError("rank must be at least 1, and hidden not below 0.")
-        if not (0 < self.learning_rate < math.inf and 0 <= self.rate_learning_rate < math.inf):
-            raise UserError("learning_rate must be above 0, and rate_learning_rate not below 0.")
+        if not 0 <= self.rate_learning_rate < math.inf:
+            raise UserError("rate_learning_rate must not be below 0.")
         if self.trained is not None:
             self.networks = load_networks(self.trained)
 
@@ -128,14 +124,10 @@ class MEND(Editor):
                     [self._loss(model, tokenizer, maps, networks, lesson) for lesson in lessons.held_out()]
                 )
 
-        schedule = Schedule(
-            steps=self.steps, accumulate=self.accumulate, clip=self.clip, eval_every=self.eval_every,
-            patience=self.patience,
-        )  # fmt: skip
         with trainable_only(model, [m.base.weight for m in maps]), torch.enable_grad():
             report = learn(
-                networks, optimizer, loss, schedule, validate=validate if lessons.validation else None,
-                checkpoint=checkpoint, settings=self._settings(model, requests, locality), progress=progress,
+                networks, optimizer, loss, self.schedule(), validate=validate if lessons.validation else None,
+                checkpoint=checkpoint, settings=self.settings(model, requests, locality), progress=progress,
             )  # fmt: skip
         self.networks = networks.eval().requires_grad_(False)
         return {**report, "rates": [float(rate) for rate in networks.rates]}
@@ -179,7 +171,7 @@ class MEND(Editor):
             f"{m.name}.weight": LowRank(left.T.contiguous().cpu(), right.contiguous().cpu(), m.transposed)
             for m, (left, right) in zip(maps, changes, strict=True)
         }
-        return WeightEdit(self.name, model_fingerprint(model), deltas, requests, {"losses": losses})
+        return WeightEdit(self.name, model_fingerprint(model, whole=deltas), deltas, requests, {"losses": losses})
 
     def save(self, folder: str | Path, force: bool = False) -> None:
         """Writes the trained networks (safetensors and JSON) as a folder that appears whole or not at all.
@@ -241,26 +233,6 @@ class MEND(Editor):
         divergence = token_divergence(base, new, elsewhere["attention_mask"])
         answer = target_loss(functional_call(inner, edited, kwargs=asked.inputs).logits, asked)
         return self.edit_weight * answer + self.locality_weight * divergence
-
-    def _settings(
-        self, model: PreTrainedModel, requests: Sequence[EditRequest], locality: Sequence[str]
-    ) -> dict[str, Any]:
-        named: tuple[str, ...] = (
-            "layers",
-            "rank",
-            "hidden",
-            "normalise",
-            "rate",
-            "init_sign",
-            "steps",
-            "learning_rate",
-        )
-        named += ("rate_learning_rate", "edit_weight", "locality_weight", "accumulate", "clip", "seed")
-        options = {n: list(v) if isinstance(v := getattr(self, n), tuple) else v for n in named}
-        return {
-            **options, "model": model_fingerprint(model), "requests": [r.to_dict() for r in requests],
-            "locality": list(locality),
-        }  # fmt: skip
 
 
 def edit_factors(

@@ -64,13 +64,14 @@ class ROME(LocateAndEdit):
             lefts.append(residual / solved.scales[number])
         delta = solved.delta(torch.stack(lefts, 1), solved.rights)
         details = {"layer": solved.layer, **fit_details(solved.losses)}
-        return WeightEdit(self.name, model_fingerprint(model), {solved.name: delta}, requests, details)
+        fingerprint = model_fingerprint(model, whole=[solved.name])
+        return WeightEdit(self.name, fingerprint, {solved.name: delta}, requests, details)
 
     def _fit_each(
         self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
     ) -> list[WeightEdit]:
         solved = self._solve(model, tokenizer, requests, progress)
-        fingerprint = model_fingerprint(model)
+        fingerprint = model_fingerprint(model, whole=[solved.name])
         edits = []
         for n, request in enumerate(requests):
             left = (solved.residuals[:, n] / solved.scales[n])[:, None]

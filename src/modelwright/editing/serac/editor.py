@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 from torch import nn
 
 from modelwright.editing.edit import edits_on
-from modelwright.editing.editor import Editor
 from modelwright.editing.examples import make_examples, target_loss, token_divergence, trainable_only
 from modelwright.editing.fingerprint import model_fingerprint
-from modelwright.editing.learning import Lesson, Lessons, Schedule, learn, mean_loss, plain_inputs
+from modelwright.editing.learning import Lesson, Lessons, TrainedEditor, learn, mean_loss, plain_inputs
 from modelwright.editing.requests import EditRequest, check_requests
 from modelwright.editing.serac.edit import SeracEdit
 from modelwright.editing.serac.parts import Pooling, SeracParts, check_vocabulary, load_encoder
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class SERAC(Editor):
+class SERAC(TrainedEditor):
     """SERAC: keep the edits as text; inputs that a classifier finds in their scope are answered by a small model.
 
     Train it once for a model (:meth:`train`, or `modelwright edit train serac`). The paper's cross-encoder classifier
@@ -55,24 +53,15 @@ class SERAC(Editor):
     )
     separator: Annotated[str, Arg("Training: what stands between edit and input for the small model.")] = " "
     others: Annotated[int, Arg("Training: further edits in memory beside the one that is asked for.")] = 3
-    steps: Annotated[int, Arg("Training: edits at most.")] = 100_000
-    learning_rate: Annotated[float, Arg("Training: Adam's learning rate.")] = 1e-5
-    edit_weight: Annotated[float, Arg("Training: weight of the answer's loss.")] = 0.1
-    locality_weight: Annotated[float, Arg("Training: weight of the divergence out of scope.")] = 1.0
-    accumulate: Annotated[int, Arg("Training: edits whose gradients are summed for a step.")] = 10
-    clip: Annotated[float, Arg("Training: largest norm of that sum.")] = 100.0
-    eval_every: Annotated[int, Arg("Training: edits between two looks at the held-out loss.")] = 5_000
-    patience: Annotated[int, Arg("Training: edits without a better held-out loss before it stops.")] = 40_000
-    seed: Annotated[int, Arg("Training: seed of the order.")] = 0
 
+    shapes_training: ClassVar[tuple[str, ...]] = ("encoder", "pooling", "separator", "others")
     #: The parts, once trained or loaded.
     parts: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.threshold < 1 or self.others < 0:
             raise UserError("threshold must be 0 or more and below 1, and others not below 0.")
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError("learning_rate must be above 0.")
         if self.trained is not None:
             self.parts = SeracParts.read(Path(self.trained))
 
@@ -132,28 +121,10 @@ class SERAC(Editor):
             with torch.no_grad():
                 return mean_loss([self._loss(model, tokenizer, parts, lesson) for lesson in lessons.held_out()])
 
-        schedule = Schedule(
-            steps=self.steps, accumulate=self.accumulate, clip=self.clip, eval_every=self.eval_every,
-            patience=self.patience,
-        )  # fmt: skip
-        named = (
-            "encoder",
-            "pooling",
-            "separator",
-            "others",
-            "steps",
-            "learning_rate",
-            "edit_weight",
-            "locality_weight",
-        )
-        named += ("accumulate", "clip", "seed")  # type: ignore[assignment]
-        settings = {n: getattr(self, n) for n in named} | {
-            "model": model_fingerprint(model), "small": model_fingerprint(small), "locality": list(locality),
-            "requests": [r.to_dict() for r in requests],
-        }  # fmt: skip
+        settings = {**self.settings(model, requests, locality), "small": model_fingerprint(small)}
         with trainable_only(model), torch.enable_grad():
             report = learn(
-                _Trained(parts), optimizer, loss, schedule, validate=validate if lessons.validation else None,
+                _Trained(parts), optimizer, loss, self.schedule(), validate=validate if lessons.validation else None,
                 checkpoint=checkpoint, settings=settings, progress=progress,
             )  # fmt: skip
         self.parts = parts.eval().requires_grad_(False)

@@ -1,0 +1,112 @@
+"""What MEMIT and PMET share: targets of an upper layer, written into several layers below it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from torch import nn
+
+from modelwright.editing.edit import WeightEdit
+from modelwright.editing.editor import layer_for
+from modelwright.editing.fingerprint import model_fingerprint
+from modelwright.editing.locate_and_edit import LocateAndEdit, down_projections, fit_details, key_rows
+from modelwright.editing.requests import EditRequest
+from modelwright.editing.spread import Spread
+from modelwright.editing.target import optimise_targets
+from modelwright.errors import UserError
+from modelwright.models.roles import Layer, roles
+from modelwright.options import Arg
+from modelwright.progress import Progress
+
+
+@dataclass(kw_only=True)
+class SpreadEditor(LocateAndEdit):
+    """Options and steps of the methods that close what is missing at an upper layer from several layers below it."""
+
+    layers: Annotated[
+        list[int] | None, Arg("Layers to edit, one after the other; 4 to 8 of 32, and as deep in other models.")
+    ] = None
+    weight: Annotated[float, Arg("λ: how much keeping what ordinary text does counts, in tokens.")] = 15_000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight < 0:
+            raise UserError(f"The weight of the covariance is {self.weight}: give 0 or more.")
+        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
+            raise UserError(f"layers is {self.layers}: give different layers from the lowest up, such as 4,5,6,7,8.")
+
+    def layers_of(self, depth: int) -> list[int]:
+        """See :meth:`LocateAndEdit.layers_of`."""
+        if self.layers is not None:
+            return list(self.layers)
+        # What the last layer of all gives at the subject, no other reads.
+        highest = max(0, min(layer_for(depth, 8), depth - 2))
+        return list(range(min(layer_for(depth, 4), highest), highest + 1))
+
+    @abstractmethod
+    def _learnt_at(self, last: Layer) -> list[nn.Module]:
+        """Returns the modules of the last layer whose outputs are learnt; the targets are the last one's."""
+
+    @abstractmethod
+    def _share(self, left: int) -> float:
+        """Returns what is missing divided by what a layer closes of it, with so many layers left, itself included."""
+
+    def _fit(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
+    ) -> WeightEdit:
+        prepared = self._prepare(model, tokenizer, requests, progress)
+        deltas = dict(zip(prepared.names, prepared.spread.together(model, **prepared.arguments)))
+        details = {"layers": list(prepared.spread.layers), **fit_details(prepared.losses)}
+        return WeightEdit(self.name, model_fingerprint(model, whole=deltas), deltas, requests, details)
+
+    def _fit_each(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
+    ) -> list[WeightEdit]:
+        prepared = self._prepare(model, tokenizer, requests, progress)
+        fingerprint = model_fingerprint(model, whole=prepared.names)
+        edits = []
+        for n, deltas in enumerate(prepared.spread.each(model, **prepared.arguments)):
+            details = {"layers": list(prepared.spread.layers), **fit_details(prepared.losses[n : n + 1])}
+            edits.append(WeightEdit(self.name, fingerprint, dict(zip(prepared.names, deltas)), [requests[n]], details))
+        return edits
+
+    def _prepare(
+        self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
+    ) -> _Prepared:
+        layers = self.layers_of(len(roles(model).layers))
+        parts, downs, names = down_projections(model, layers)
+        statistics = self._covariance(model, layers)
+        if statistics is None:
+            raise UserError(
+                f"{self.name.upper()} needs key statistics of the model: collect them with modelwright edit statistics "
+                f"(KeyStatistics.collect), and give them as statistics=FILE."
+            )
+        contexts = self._contexts(model, tokenizer)
+        learnt_at = self._learnt_at(parts.layers[layers[-1]])
+        targets = optimise_targets(
+            model, tokenizer, requests, learnt_at, layers[-1], self._optimisation(), contexts=contexts,
+            fact_token=self.fact_token, kl_prompt=self.kl_prompt, batch_size=self.batch_size, progress=progress,
+        )  # fmt: skip
+        spread = Spread(
+            layers=list(layers), weight=self.weight, ridge=self.ridge, share=self._share, watched=learnt_at[-1]
+        )
+        arguments = {
+            "parts": parts,
+            "downs": downs,
+            "statistics": statistics,
+            "rows": key_rows(tokenizer, requests, contexts, self.fact_token),
+            "contexts": len(contexts),
+            "targets": targets.values(len(learnt_at) - 1),
+        }
+        return _Prepared(spread, names, arguments, targets.losses)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    spread: Spread
+    names: list[str]
+    arguments: dict[str, Any]
+    losses: list[list[float]]
