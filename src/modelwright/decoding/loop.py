@@ -257,15 +257,15 @@ def check_cache(cache: Any, name: str) -> None:
     Raises:
         UserError: It is static, quantized or offloaded, or a recurrent state.
     """
-    from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-    from modelwright.models.caches import BaseQuantizedLayer
+    from modelwright.models.caches import copies_rows
 
     layers = getattr(cache, "layers", None)
     if layers is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise UserError(f"{name} keeps a recurrent state and no key/value cache: this decoding needs attention.")
     for layer in layers:
-        if not isinstance(layer, DynamicLayer) or isinstance(layer, BaseQuantizedLayer):
+        if not copies_rows(layer):
             raise UserError(
                 f"This decoding needs a dynamic cache, not one with layers of the kind {type(layer).__name__}: leave "
                 f"out cache_implementation and past_key_values."

@@ -1,11 +1,13 @@
 """What a decoding method is to the commands that use it, and several of them on one model.
 
-A method's card names parts of two kinds, each a dataclass of options (:mod:`modelwright.options`):
+A method's card names parts of three kinds, each a dataclass of options (:mod:`modelwright.options`):
 
 - ``[provides.contexts]``: ``apply(model)`` returns a context manager inside which the model computes otherwise, and
   which leaves it as it was, bit for bit. Contexts may stand inside one another.
 - ``[provides.generators]``: ``custom_generate(model, tokenizer)`` returns a :class:`Decoder`, which takes the place of
   the generation loop. There is at most one.
+- ``[provides.caches]``: ``for_generate(model)`` returns the arguments of ``generate`` that give it a fresh cache. It is
+  named apart from the others, and there is at most one.
 
 A dataclass may also have ``check(model, tokenizer)``, which raises :class:`~modelwright.errors.UserError` before
 anything expensive is loaded; and, with ``changes_prompts`` true, ``prompt(text)``, which says what to give to the model
@@ -90,7 +92,7 @@ class Part:
     """A method and its options.
 
     Attributes:
-        kind: ``contexts`` or ``generators``.
+        kind: ``contexts``, ``generators`` or ``caches``.
         name: Its name in the catalog.
         options: Its dataclass.
     """
@@ -122,12 +124,14 @@ class Applied:
         tokenizer: Its tokenizer.
         decoder: What takes the place of the generation loop, or None for the model's own.
         parts: The methods.
+        memory: Filled by :meth:`generate` if the cache says what it weighs: the levels of the largest so far.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoder: Decoder | None = None
     parts: Parts | None = None
+    memory: list[Any] = dataclasses.field(default_factory=list)
 
     @property
     def needs_context(self) -> bool:
@@ -142,7 +146,14 @@ class Applied:
         """Calls the model's ``generate`` with the decoder in it."""
         if self.decoder is not None:
             inputs["custom_generate"] = self.decoder
+        if self.parts is not None and self.parts.cache is not None:
+            inputs |= self.parts.cache.options.for_generate(self.model)
         out: Tensor = self.model.generate(**inputs)
+        held: Any = inputs.get("past_key_values")
+        if hasattr(held, "memory_by_level"):
+            levels = held.memory_by_level()
+            if sum(level.bytes for level in levels) >= sum(level.bytes for level in self.memory):
+                self.memory[:] = levels
         return out
 
     def log_probs(self, input_ids: Tensor, attention_mask: Tensor, **without_context: Tensor) -> Tensor:
@@ -177,15 +188,17 @@ class Parts:
     Attributes:
         contexts: From the outermost to the innermost.
         generator: At most one.
+        cache: Where keys and values are kept.
     """
 
     contexts: tuple[Part, ...] = ()
     generator: Part | None = None
+    cache: Part | None = None
 
     @property
     def all(self) -> tuple[Part, ...]:
-        """Contexts and then the generator."""
-        return self.contexts + (() if self.generator is None else (self.generator,))
+        """Contexts, then the generator, then the cache."""
+        return self.contexts + tuple(part for part in (self.generator, self.cache) if part is not None)
 
     @property
     def name(self) -> str:
@@ -231,6 +244,8 @@ class Parts:
             for part in self.contexts:
                 stack.enter_context(part.options.apply(model))
             decoder = None if self.generator is None else self.generator.options.custom_generate(model, tokenizer)
+            if self.cache is not None:
+                self.cache.options.for_generate(model)  # refuses what it refuses now
             yield Applied(model, tokenizer, decoder, self)
 
 
@@ -266,6 +281,18 @@ def read_parts(given: Sequence[str | Path | Mapping[str, Any]]) -> Parts:
             f"used at a time."
         )
     return Parts(tuple(p for p in parts if p.kind == "contexts"), generators[0] if generators else None)
+
+
+def read_cache(given: str | Path | Mapping[str, Any]) -> Part:
+    """Reads a cache with its options, given as a method is to :func:`read_parts`: ``saq`` or ``saq: {group_size: 64}``.
+
+    Raises:
+        UserError: As :func:`read_parts`; or there are several.
+    """
+    named = _named(given)
+    if len(named) > 1:
+        raise UserError(f"'{named[0][0]}' and '{named[1][0]}' are two caches: name one.")
+    return _part(*named[0], kinds=("caches",), what="cache")
 
 
 def _named(given: str | Path | Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
@@ -315,12 +342,18 @@ def _named(given: str | Path | Mapping[str, Any]) -> list[tuple[str, Mapping[str
     return found
 
 
-def _part(name: str, options: Mapping[str, Any], where: str) -> Part:
+def _part(
+    name: str,
+    options: Mapping[str, Any],
+    where: str,
+    kinds: tuple[str, ...] = _KINDS,
+    what: str = "decoding method",
+) -> Part:
     wanted = name.lower().replace("_", "-")
-    kinds = [kind for kind in _KINDS if wanted in catalog.provided(kind)]
+    known = [part for kind in kinds for part in catalog.provided(kind)]
+    kinds = tuple(kind for kind in kinds if wanted in catalog.provided(kind))
     if not kinds:
-        known = [part for kind in _KINDS for part in catalog.provided(kind)]
-        raise UserError(f"{where}'{name}' is no decoding method: {did_you_mean(wanted, known)}")
+        raise UserError(f"{where}'{name}' is no {what}: {did_you_mean(wanted, known)}")
     cls = catalog.load(kinds[0], wanted)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     plain = {str(key): value for key, value in options.items()}

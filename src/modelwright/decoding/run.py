@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -306,10 +306,13 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 
 def _stats(applied: Applied) -> dict[str, Any]:
-    """What a decoder counted, as far as they are plain numbers and rates of this session."""
+    """What a decoder counted, as far as they are plain numbers and rates of this session, and what a cache weighed."""
     stats: Any = getattr(applied.decoder, "stats", None)
     found = stats.as_dict() if hasattr(stats, "as_dict") else {}
-    return {name: value for name, value in found.items() if isinstance(value, float)}
+    counted: dict[str, Any] = {name: value for name, value in found.items() if isinstance(value, float)}
+    if applied.memory:
+        counted["cache_memory"] = [asdict(level) for level in applied.memory]
+    return counted
 
 
 def _line(

@@ -40,6 +40,18 @@ class Generate:
         list[str | dict[str, Any]],
         Arg("A decoding method: a YAML or JSON file, a name, or 'name: {option: value}'.", kind="methods"),
     ] = field(default_factory=list)
+    cache: Annotated[
+        str | None,
+        Arg("Where keys and values are kept, given as a method is: saq, kivi-2, kivi-4, quantized, offloaded ..."),
+    ] = None
+    cache_plot: Annotated[
+        Path | None,
+        Arg(
+            "With --cache saq or kivi: also draw its memory by level (.svg, .png, .pdf).",
+            kind="output",
+            filename="memory.svg",
+        ),
+    ] = None
     compare: Annotated[
         bool,
         Arg("Also complete without the methods; sets both side by side on an HTML page named as the output."),
@@ -68,10 +80,11 @@ class Generate:
         """Generates; returns prompts, completions, generated_tokens, tokens_per_second and how completions ended."""
         import dataclasses
 
+        from modelwright.attention.saq.memory import Level, check_plot, memory_table, plot_memory
         from modelwright.data.records import Records
         from modelwright.data.write import check_format
         from modelwright.decoding.generate import Sampling
-        from modelwright.decoding.parts import read_parts
+        from modelwright.decoding.parts import read_cache, read_parts
         from modelwright.decoding.run import Layout, generate_to_file
         from modelwright.errors import UserError
         from modelwright.files import check_output, content_hash
@@ -90,9 +103,13 @@ class Generate:
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"At temperature 0 all {self.samples} samples of a prompt would be the same: give another.")
         parts = read_parts(self.with_)
+        if self.cache is not None:
+            parts = dataclasses.replace(parts, cache=read_cache(self.cache))
+        if self.cache_plot is not None:
+            check_plot(self.cache_plot, self.force)
         if self.compare:
             if not parts.all:
-                raise UserError("--compare sets a method beside none: name one with --with.")
+                raise UserError("--compare sets a method beside none: name one with --with, or a cache with --cache.")
             check_output(page, self.force)
         records = Records(self.prompts, self.prompt_field, field_option="prompt_field") if self.prompts else None
         if self.compare and self.answer_field is not None:
@@ -119,12 +136,18 @@ class Generate:
                 page, rows(), summary, settings=settings, answer_field=self.answer_field, force=self.force
             )
 
-        return generate_to_file(
+        summary = generate_to_file(
             model, tokenizer, _Rows(self.prompt, records, self.limit), self.output, sampling,
             plan=plan, parts=parts, compare=compare if self.compare else None, samples=self.samples,
             batch_size=self.batch_size, layout=Layout(self.chat, self.system, self.context_field), force=self.force,
             progress=progress,
         )  # fmt: skip
+        if "cache_memory" in summary:
+            levels = [Level(**level) for level in summary["cache_memory"]]
+            progress.message("Memory of the largest cache, by bits:\n" + memory_table(levels))
+            if self.cache_plot is not None:
+                plot_memory(levels, self.cache_plot, force=self.force)
+        return summary
 
 
 class _Rows:
