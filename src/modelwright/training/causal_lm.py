@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
 
 from modelwright.errors import UserError
 from modelwright.models.loading import resolve_device
@@ -67,6 +68,8 @@ def train(
     heldout: Sequence[str] = (),
     folder: Path | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    decay_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
 ) -> TrainingResult:
     """Trains ``model`` in place on packed blocks, with AdamW; leaves it in evaluation mode.
 
@@ -78,6 +81,9 @@ def train(
         heldout: Documents to evaluate on.
         folder: Where checkpoints go and are resumed from; None keeps none.
         progress: Shows steps and loss.
+        callbacks: Of the ``Trainer``, beside our own.
+        decay_groups: From the model to the optimizer's parameter groups, each with its ``weight_decay``; None decays as
+            the options say.
 
     Raises:
         UserError: The options do not fit each other, the data or the model; the loss is not finite; memory is full.
@@ -102,7 +108,8 @@ def train(
             train_dataset=PackedBlocks(tokens, options.block_size, total, options.seed),
             eval_dataset=list(heldout) or None,
             data_collator=as_batch,
-            callbacks=[companion],
+            callbacks=[companion, *callbacks],
+            decay_groups=decay_groups,
         )
         trainer.resume(latest_checkpoint(work))
     model.eval()

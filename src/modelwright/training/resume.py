@@ -176,7 +176,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def working_folder(output: Path, plan: dict[str, Any], force: bool, leader: bool = True) -> Iterator[Path]:
+def working_folder(
+    output: Path,
+    plan: dict[str, Any],
+    force: bool,
+    leader: bool = True,
+    holds_work: Callable[[Path], Any] = latest_checkpoint,
+) -> Iterator[Path]:
     """Yields ``<output>.training``, where a run keeps what it needs to resume; the caller removes it when done.
 
     Args:
@@ -185,6 +191,7 @@ def working_folder(output: Path, plan: dict[str, Any], force: bool, leader: bool
             has saved a checkpoint.
         force: Whether to discard such a run.
         leader: Whether this is the process of a distributed run that writes.
+        holds_work: Whether a folder has something that a resumed run need not do again.
 
     Raises:
         UserError: Another process is at work there, or the run there has another plan and ``force`` is off.
@@ -209,7 +216,7 @@ def working_folder(output: Path, plan: dict[str, Any], force: bool, leader: bool
         if folder.exists() and not path.exists():
             shutil.rmtree(folder)  # cut short before anything was done
         if path.exists() and (differing := _differences(read_json(path), plan)):
-            if latest_checkpoint(folder) and not force:
+            if holds_work(folder) and not force:
                 raise UserError(
                     f"{folder} holds an unfinished run with other options ({', '.join(differing)}): repeat that "
                     f"command to finish it, or give --force to discard it."
@@ -220,7 +227,7 @@ def working_folder(output: Path, plan: dict[str, Any], force: bool, leader: bool
             yield folder
         except (UserError, OSError):
             # Nothing was trained, so nothing is to be resumed: the mended command must not find this in its way.
-            if latest_checkpoint(folder) is None:
+            if not holds_work(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:

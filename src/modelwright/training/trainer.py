@@ -34,18 +34,33 @@ class CausalTrainer(ResumableTrainer):
     Args:
         evaluate_with: Called with the model; returns metrics for the log.
         options: The run's options.
+        decay_groups: From the model to the optimizer's parameter groups; None makes the two that the arguments mean.
         keys: As for ``Trainer``.
     """
 
     def __init__(
-        self, *, options: TrainingOptions, evaluate_with: Callable[[nn.Module], dict[str, float]] | None, **keys: Any
+        self,
+        *,
+        options: TrainingOptions,
+        evaluate_with: Callable[[nn.Module], dict[str, float]] | None,
+        decay_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
+        **keys: Any,
     ) -> None:
         super().__init__(rate=lambda step, total: rate(step, total, options), **keys)
-        self.options, self.evaluate_with = options, evaluate_with
+        self.options, self.evaluate_with, self.decay_groups = options, evaluate_with, decay_groups
         self._parameters: list[nn.Parameter] = []
         # All blocks have the same length, so a mean of means is exact, and counting labels in each step is not needed.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments, with groups of our own if there are any."""
+        if self.optimizer is None and self.decay_groups is not None:
+            network = model if model is not None else self.model
+            kind, keys = self.get_optimizer_cls_and_kwargs(self.args, network)
+            self.optimizer = kind(self.decay_groups(network), **keys)
+            return self.optimizer
+        return super().create_optimizer(*([] if model is None else [model]))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # PackedBlocks has the order of the blocks
