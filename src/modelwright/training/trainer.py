@@ -55,10 +55,10 @@ class CausalTrainer(ResumableTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments, with groups of our own if there are any."""
-        if self.optimizer is None and self.decay_groups is not None:
+        if getattr(self, "optimizer", None) is None and self.decay_groups is not None:
             network = model if model is not None else self.model
             kind, keys = self.get_optimizer_cls_and_kwargs(self.args, network)
-            self.optimizer = kind(self.decay_groups(network), **keys)
+            self.optimizer: Any = kind(self.decay_groups(network), **keys)
             return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))
 

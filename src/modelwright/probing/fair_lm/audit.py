@@ -69,7 +69,7 @@ def audit(
         past = [*earlier, report]
         found["learning_speed"] = {}
         for method in ("auc", "minmax"):
-            speed = learning_speed(past, method)  # type: ignore[arg-type]
+            speed = learning_speed(past, method)
             by_bin = {bins.label(number): value for number, value in speed.by_bin(bins).items()}
             found["learning_speed"][method] = {"mean": speed.mean, "gap": speed.gap(bins), "bins": by_bin}
     return found

@@ -77,7 +77,8 @@ def decay_groups(model: Any, decay: float, on: DecayOn = "matrices") -> list[dic
         raise UserError(f"Weight decay cannot act on '{on}': known: {', '.join(get_args(DecayOn))}.")
     if on in ("matrices", "all"):
         return split_decay_groups(model, decay, decay, decay, exempt_norms=on == "matrices")
-    return split_decay_groups(model, **{"body": 0.0, on: decay})
+    body, embeddings, head = (decay if on == part else 0.0 for part in ("body", "embeddings", "head"))
+    return split_decay_groups(model, body, embeddings, head)
 
 
 def describe_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

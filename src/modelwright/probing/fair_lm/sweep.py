@@ -287,7 +287,7 @@ def _streams(
         dtypes = {s: str(tokenize(texts[s], words, work / f"{s}.bin", progress).tokens.dtype) for s in SPLITS}
         write_json(about, dtypes)
     dtypes = read_json(about)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for split in SPLITS:
         path = work / f"{split}.bin"
         size = path.stat().st_size // np.dtype(dtypes[split]).itemsize

@@ -122,7 +122,7 @@ def run_once(
         reports = [watch.reports[step][split] for step in steps]
         speeds[split] = {}
         for method in ("auc", "minmax"):
-            speed = learning_speed(reports, method, steps)  # type: ignore[arg-type]
+            speed = learning_speed(reports, method, steps)
             by_bin = {bins.label(number): value for number, value in speed.by_bin(bins).items()}
             speeds[split][method] = {"mean": speed.mean, "gap": speed.gap(bins), "bins": by_bin}
     found = {
