@@ -42,7 +42,7 @@ class Projection:
     @property
     def transposed(self) -> bool:
         """Whether the weight is kept as (in, out), as ``Conv1D`` does."""
-        return type(self.base).__name__ == "Conv1D"
+        return any(cls.__name__ == "Conv1D" for cls in type(self.base).__mro__)
 
     def weight(self) -> torch.Tensor:
         """Returns (out_features, in_features), without adapters: the weight itself, or a copy where it is fused."""
