@@ -108,7 +108,8 @@ def test_every_attention_keeps_a_head():
     layout = Layout.of(BLOCKS, "structural")
     scores = [torch.zeros(s.size) for s in layout.selections]
     scores[0] += 1
-    assert [own["heads"] for own in choose(layout, scores, 0.01).widths()] == [1, 1]
+    scores[1] -= 1
+    assert all(own["heads"] >= 1 for own in choose(layout, scores, 0.3).widths())
 
 
 def test_masks_of_a_wrong_shape_are_refused():

@@ -8,7 +8,6 @@ modules.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -65,9 +64,13 @@ class Indexed:
         return out if rest is None else (out, *rest)
 
 
-@functools.cache
-def _indexed(cls: Any) -> Any:
-    return type(f"Indexed{cls.__name__}", (Indexed, cls), {"__doc__": Indexed.__doc__})
+_CLASSES: dict[type, type] = {}
+
+
+def _indexed(cls: type) -> type:
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(f"Indexed{cls.__name__}", (Indexed, cls), {"__doc__": Indexed.__doc__})
+    return _CLASSES[cls]
 
 
 def output_place(index: torch.Tensor, size: int) -> torch.Tensor:
