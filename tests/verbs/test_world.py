@@ -17,6 +17,7 @@ SMALL = {
     "retrieval": {"lengths": [400]},
     "pictures": {"pool_size": 30, "reference_size": 5, "heldout_size": 5},
     "fact_pairs": {"people": 10, "reference_size": 5},
+    "task_stream": {"tasks": 2, "train_rows": 20, "test_rows": 8},
     "copying": {"needles": 2, "haystacks": 2, "sentences": 30},
 }
 

@@ -16,6 +16,7 @@ VERBS: dict[str, str] = {
     "select jest": "modelwright.verbs.select_jest:SelectJest",
     "train": "modelwright.verbs.train:Train",
     "train contrastive": "modelwright.verbs.train_contrastive:TrainContrastive",
+    "train continual": "modelwright.verbs.train_continual:TrainContinual",
     "convert": "modelwright.verbs.convert:Convert",
     "evaluate": "modelwright.verbs.evaluate:Evaluate",
     "evaluate perplexity": "modelwright.verbs.perplexity:Perplexity",

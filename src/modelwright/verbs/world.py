@@ -14,9 +14,9 @@ from modelwright.progress import Progress
 class World:
     """Make a testbed whose truth is known: real text, text domains, facts, pairs, pictures, or long texts.
 
-    Worlds: stdlib_text, domains, graded, facts, retrieval, pictures, fact_pairs. Writes a folder with one JSONL file
-    for each split (Parquet where rows hold pictures), and world.json with the parameters, the counts, the truth and a
-    fingerprint of all rows.
+    Worlds: stdlib_text, domains, graded, facts, retrieval, task_stream, pictures, fact_pairs. Writes a folder with one
+    JSONL file for each split (Parquet where rows hold pictures), and world.json with the parameters, the counts, the
+    truth and a fingerprint of all rows.
     """
 
     name: Annotated[str, Arg("Which world.", positional=True)]

@@ -20,6 +20,7 @@ WORLDS = {
     "retrieval": "modelwright.worlds.retrieval:retrieval",
     "analogies": "modelwright.worlds.analogies:analogies",
     "copying": "modelwright.worlds.copying:copying",
+    "task_stream": "modelwright.worlds.task_stream:task_stream",
     "pictures": "modelwright.worlds.pictures:pictures",
     "fact_pairs": "modelwright.worlds.fact_pairs:fact_pairs",
 }
