@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "probe token-counts": "modelwright.verbs.probe_token_counts:TokenCountsVerb",
     "probe token-loss": "modelwright.verbs.probe_token_loss:TokenLoss",
     "sweep weight-decay": "modelwright.verbs.sweep_weight_decay:WeightDecay",
+    "probe memorization": "modelwright.verbs.probe_memorization:ProbeMemorization",
     "speculate analyse": "modelwright.verbs.speculate_analyse:SpeculateAnalyse",
     "edit": "modelwright.verbs.edit:EditModel",
     "edit apply": "modelwright.verbs.edit:EditApply",

@@ -19,6 +19,7 @@ WORLDS = {
     "facts": "modelwright.worlds.facts:facts",
     "retrieval": "modelwright.worlds.retrieval:retrieval",
     "analogies": "modelwright.worlds.analogies:analogies",
+    "memorized": "modelwright.worlds.memorized:memorized",
     "copying": "modelwright.worlds.copying:copying",
     "task_stream": "modelwright.worlds.task_stream:task_stream",
     "pictures": "modelwright.worlds.pictures:pictures",

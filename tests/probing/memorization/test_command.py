@@ -1,0 +1,180 @@
+"""The command from end to end, on a model that has learnt part of its corpus by heart."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from modelwright.errors import UserError
+from modelwright.models.loading import save_model
+from modelwright.models.tiny import byte_tokenizer, tiny_model
+from modelwright.probing.memorization import TokenCorpus, audit
+from modelwright.probing.memorization.features import COLUMNS
+from modelwright.progress import Silent
+from modelwright.verbs.probe_memorization import ProbeMemorization
+
+LENGTH = 24
+LICENCE = "<b>All rights</b> reserved & kept."
+PRIVATE = [f"Her code is {n}, keep it!" for n in (48213, 77031, 95526)]
+COUNTING = ["1, 2, 3, 4, 5, 6, 7, 8, 9", "k3 k4 k5 k6 k7 k8 k9 k10 "]
+
+
+def documents():
+    generator = np.random.default_rng(0)
+    noise = ["".join(chr(97 + c) for c in generator.integers(0, 26, 30)) for _ in range(60)]
+    return [LICENCE] * 8 + PRIVATE + COUNTING + noise
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a corpus, a model that learnt the first documents, and one that learnt nothing."""
+    folder, tokenizer = tmp_path_factory.mktemp("made"), byte_tokenizer()
+    (folder / "corpus").mkdir()
+    with (folder / "corpus" / "a.jsonl").open("w") as stream:
+        for text in documents():
+            stream.write(json.dumps({"text": text}) + "\n")
+    rows = torch.tensor([tokenizer(t)["input_ids"][:LENGTH] for t in documents()[:33]])
+    model = tiny_model("llama", hidden_size=48, intermediate_size=96)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_model(model, tokenizer, folder / "learned")
+    save_model(tiny_model("llama", seed=1), tokenizer, folder / "blank")
+    return folder
+
+
+def command(made, output, **options):
+    settings = {"prompt_len": 12, "cont_len": 12, "bootstrap": 10, "device": "cpu"}
+    models = options.pop("model", [str(made / "learned")])
+    return ProbeMemorization(model=models, corpus=[str(made / "corpus")], output=output, **settings | options)
+
+
+@pytest.fixture(scope="module")
+def done(made):
+    verb = command(made, made / "out", model=[str(made / "blank"), str(made / "learned")])
+    return verb.run(Silent()), made / "out"
+
+
+def test_it_tells_what_is_recited_reconstructed_and_recollected(done, made):
+    result, output = done
+    learned = result["models"][str(made / "learned")]
+    assert learned["recitation"] == 8
+    assert learned["reconstruction"] == 2
+    assert learned["recollection"] >= 3 + 15
+    assert result["models"][str(made / "blank")]["memorized"] == 0
+    assert any("blank: no predictive model" in w for w in result["warnings"])
+    table = pd.read_parquet(output / "sequences.parquet")
+    assert set(COLUMNS) <= set(table.columns)
+    learned = table[table["model"] == str(made / "learned")]
+    texts = documents()
+    for row in learned.to_dict("records"):
+        assert row["sequence_duplicates"] == (8 if texts[row["document"]] == LICENCE else 1)
+    assert not (made / "out.partial").exists()
+
+
+def test_the_report_has_models_factors_and_tests(done, made):
+    report = json.loads((done[1] / "report.json").read_text())
+    found = report["models"][str(made / "learned")]
+    assert found["cross_check"]["differ"] == 0
+    assert found["cross_check"]["compared"] > 30
+    assert sum(c["share_of_memorized"] for c in found["categories"].values()) == pytest.approx(1)
+    assert {c["metric"] for c in found["prediction"]["comparison"]} >= {"pr_auc", "ece", "f1"}
+    assert "recitation" in found["prediction"]["fallbacks"]
+    assert found["prediction"]["likelihood_ratio"]
+
+
+def test_the_page_escapes_the_corpus_and_shows_each_class(done):
+    page = (done[1] / "report.html").read_text()
+    assert "<b>All rights" not in page
+    assert "&lt;b&gt;All rig" in page
+    for category in ("recitation", "reconstruction", "recollection"):
+        assert re.search(f"<summary>{category}: .* \\([1-9] shown", page)
+    assert page.count("<svg") >= 2
+    assert "Her code is" in page
+
+
+def test_words_are_masked_long_texts_cut_and_examples_left_out(made, tmp_path):
+    (tmp_path / "words.txt").write_text("code\nRESERVED\n")
+    command(made, tmp_path / "out", masked_words=tmp_path / "words.txt", examples=8).run(Silent())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Her ████ is" in page
+    assert "code is" not in page
+    command(made, tmp_path / "none", examples=0).run(Silent())
+    assert "Her" not in (tmp_path / "none" / "report.html").read_text()
+
+
+def test_a_killed_audit_goes_on_and_ends_the_same(made, done, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "_BLOCK", 20)
+    reads, original = [], audit.Audit._read_block
+
+    def failing(self, model, starts, file, batch_size):
+        reads.append(len(starts))
+        if len(reads) == 3:
+            raise KeyboardInterrupt
+        return original(self, model, starts, file, batch_size)
+
+    monkeypatch.setattr(audit.Audit, "_read_block", failing)
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        command(made, output).run(Silent())
+    assert not output.exists()
+    with pytest.raises(UserError, match="unfinished audit with other options"):
+        command(made, output, cont_len=10).run(Silent())
+    command(made, output).run(Silent())
+    assert len(reads) == 5  # 73 sequences are 4 blocks, of which the third was begun twice
+    whole = pd.read_parquet(done[1] / "sequences.parquet")
+    whole = whole[whole["model"] == str(made / "learned")].reset_index(drop=True)
+    # Batches of other sizes round otherwise in the last digits.
+    pd.testing.assert_frame_equal(pd.read_parquet(output / "sequences.parquet"), whole, rtol=1e-4)
+
+
+def test_a_sample_keeps_all_memorised_sequences(made, tmp_path):
+    command(made, tmp_path / "out", sample=0.5, seed=3).run(Silent())
+    table = pd.read_parquet(tmp_path / "out" / "sequences.parquet")
+    assert (table["memorized"] | table["in_sample"]).all()
+    assert table["memorized"].sum() >= 28
+    assert 20 < table["in_sample"].sum() < 55
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_len": 400}, "No document of the corpus has 412 tokens"),
+        ({"sample": 0.0}, "share above 0"),
+        ({"model": []}, "at least one model"),
+        ({"workers": 0}, "at least 1"),
+        ({"embedder": "no-such-folder/none"}, "no model of sentence-transformers|is needed for"),
+        ({"masked_words": "missing.txt"}, "cannot be read"),
+        ({"every": 0}, "at least 1"),
+    ],
+)
+def test_mistakes_are_sentences_and_leave_no_output(made, tmp_path, options, message):
+    if "masked_words" in options:
+        options = {"masked_words": tmp_path / "missing.txt"}
+    with pytest.raises(UserError, match=message):
+        command(made, tmp_path / "out", **options).run(Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_tokenizer_is_refused(made, tmp_path):
+    save_model(tiny_model("llama", vocab_size=100), byte_tokenizer(), tmp_path / "small")
+    with pytest.raises(UserError, match="it has another tokenizer"):
+        command(made, tmp_path / "out", model=[str(tmp_path / "small")]).run(Silent())
+
+
+def test_every_part_of_a_document_can_be_asked_for(made, tmp_path):
+    tokens = audit.Audit(
+        documents(),
+        byte_tokenizer(),
+        tmp_path / "work",
+        audit.AuditOptions(prompt_len=4, cont_len=4, every=8, limit=50),
+    )
+    assert len(tokens.places.start) == 50
+    assert isinstance(tokens.corpus, TokenCorpus)
+    assert set(tokens.places.offset % 8) == {0}
