@@ -182,9 +182,11 @@ class Audit:
             parts = perplexities(reading.nats, options.prompt_len, tokens if options.legacy else None)
             found.append([reading.matches.mean(1), *parts])
             self.progress.advance(len(tokens))
-        columns = [np.concatenate([row[i] for row in found]) for i in range(4)]
+        columns: Any = {
+            name: np.concatenate([row[i] for row in found]) for i, name in enumerate(("score", *PERPLEXITIES))
+        }
         with atomic_path(file) as partial, partial.open("wb") as stream:
-            np.savez(stream, **dict(zip(("score", *PERPLEXITIES), columns, strict=True)))
+            np.savez(stream, **columns)
 
     def _cross_check(self, model: PreTrainedModel, files: Sequence[Path], batch_size: int) -> dict[str, int]:
         scores = np.concatenate([np.load(file)["score"] for file in files])

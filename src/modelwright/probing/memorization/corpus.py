@@ -174,6 +174,8 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def decode(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Any] | np.ndarray) -> list[str]:
     """Returns the texts of sequences, with special tokens and without cleaning up spaces."""
+    if not len(sequences):
+        return []  # of nothing, batch_decode makes one empty text
     return list(
         tokenizer.batch_decode(
             [[int(token) for token in row] for row in sequences],

@@ -147,7 +147,7 @@ def predict(
         warnings.simplefilter("ignore", OneClass)  # said in the report
         model = TaxonomicMemorizationModel(duplicate_threshold=duplicate_threshold).fit(train)
     models: dict[str, Any] = {"generic": base, "taxonomic": model}
-    searched = None
+    searched: dict[str, Any] | None = None
     if search:
         try:
             best = search_partition(train, workers=workers, seed=seed)
