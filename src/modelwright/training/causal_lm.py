@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,24 @@ from modelwright.training.trainer import CausalTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class BlockStream(Protocol):
+    """Where blocks come from, if not from one array: such as a mixture of sources."""
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of a pass."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+
+    def largest(self) -> int:
+        """Returns the largest token."""
+
+    def take(self, length: int) -> torch.utils.data.Dataset[dict[str, torch.Tensor]]:
+        """Returns the first ``length`` blocks as a dataset like :class:`~modelwright.training.packing.PackedBlocks`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,7 @@ class TrainingResult:
 
 def train(
     model: PreTrainedModel,
-    tokens: np.ndarray,
+    tokens: np.ndarray | BlockStream,
     options: TrainingOptions,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -75,7 +93,8 @@ def train(
 
     Args:
         model: Any causal language model, in float32.
-        tokens: (tokens,) integers, as :func:`~modelwright.training.packing.tokenize` gives them.
+        tokens: (tokens,) integers, as :func:`~modelwright.training.packing.tokenize` gives them, or a stream of blocks
+            of ``options.block_size``.
         options: The run's options.
         tokenizer: Needed for ``heldout``.
         heldout: Documents to evaluate on.
@@ -91,21 +110,26 @@ def train(
             ``folder``.
     """
     options.check()
-    _check_model(model, tokens, options)
+    _check_model(model, _largest(tokens), options)
     progress = progress or Silent()
     smaller = (
         f"at batches of {options.batch_size} x {options.block_size} tokens: use a smaller batch_size with more "
         f"gradient_accumulation"
     )
     with session(options, model, folder, progress, smaller=smaller) as (work, companion):
-        args = _arguments(options, work, len(tokens), bool(heldout), save=folder is not None)
+        size = len(tokens) if isinstance(tokens, np.ndarray) else tokens.tokens_per_epoch
+        args = _arguments(options, work, size, bool(heldout), save=folder is not None)
         total = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         trainer = CausalTrainer(
             options=options,
             evaluate_with=_evaluator(tokenizer, heldout, options) if heldout else None,
             model=model,
             args=args,
-            train_dataset=PackedBlocks(tokens, options.block_size, total, options.seed),
+            train_dataset=(
+                PackedBlocks(tokens, options.block_size, total, options.seed)
+                if isinstance(tokens, np.ndarray)
+                else tokens.take(total)
+            ),
             eval_dataset=list(heldout) or None,
             data_collator=as_batch,
             callbacks=[companion, *callbacks],
@@ -116,12 +140,15 @@ def train(
     return _result(trainer, model)
 
 
-def _check_model(model: PreTrainedModel, tokens: np.ndarray, options: TrainingOptions) -> None:
+def _largest(tokens: np.ndarray | BlockStream) -> int:
+    return int(tokens[: 1 << 24].max(initial=0)) if isinstance(tokens, np.ndarray) else tokens.largest()
+
+
+def _check_model(model: PreTrainedModel, top: int, options: TrainingOptions) -> None:
     longest = context_length(model)
     if longest is not None and options.block_size > longest:
         raise UserError(f"Blocks of {options.block_size} tokens do not fit the model, which takes at most {longest}.")
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    top = int(tokens[: 1 << 24].max(initial=0))
     if top >= vocabulary:
         raise UserError(
             f"The data hold token {top}, but the model knows only {vocabulary}: the tokenizer is another model's."

@@ -17,6 +17,7 @@ VERBS: dict[str, str] = {
     "train": "modelwright.verbs.train:Train",
     "train contrastive": "modelwright.verbs.train_contrastive:TrainContrastive",
     "train continual": "modelwright.verbs.train_continual:TrainContinual",
+    "train continue": "modelwright.verbs.train_continue:TrainContinue",
     "convert": "modelwright.verbs.convert:Convert",
     "evaluate": "modelwright.verbs.evaluate:Evaluate",
     "evaluate perplexity": "modelwright.verbs.perplexity:Perplexity",
