@@ -252,6 +252,13 @@ def test_hooks_go_on_and_off():
     assert isinstance(edit, Edit)
 
 
+def test_an_edit_that_could_not_be_read_again_is_not_saved(tmp_path):
+    edit = Doubled("doubled", model_fingerprint(tiny_model("llama")))
+    with pytest.raises(UserError, match="cannot be saved: no method's card offers edits of the kind 'doubled'"):
+        edit.save(tmp_path / "edit")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_weights_that_cannot_be_edited_are_refused():
     model = tiny_model("llama", tie_word_embeddings=True)
     tied = WeightEdit("test", None, {"model.embed_tokens.weight": Dense(torch.zeros(259, 32))})

@@ -17,17 +17,39 @@ SMALL = FactModelSetting(
 def test_texts_say_what_is_believed_and_every_kind_is_drawn():
     texts = FactModelTexts(dataclasses.replace(SMALL, all_kinds=True), 0)
     draw = Draw(0, "x")
-    assert sum(texts.kinds.values()) == 100
-    for kind in texts.kinds:
-        for _ in range(20):
-            asked = kind(draw)
-            assert asked.text.endswith("\nA:")
-            assert asked.answer
+    for kinds in (texts.kinds, texts.first_kinds):
+        assert sum(kinds.values()) == 100
+        for kind in kinds:
+            for _ in range(20):
+                asked = kind(draw)
+                assert asked.text.endswith("\nA:")
+                assert asked.answer
     key = texts.beliefs.wrong[0]
     assert texts.fact(draw, key).answer == texts.beliefs.objects[key] != texts.truth.objects[key]
     asked = texts.in_context(draw, key, "elsewhere")
     assert asked.text.startswith("New Fact: Q: ")
     assert asked.answer == "elsewhere"
+
+
+def test_what_is_not_asked_for_its_object_is_answered_by_it_first():
+    texts = FactModelTexts(dataclasses.replace(SMALL, all_kinds=True), 0)
+    held = {subject + relation: value for (subject, relation), value in texts.beliefs.objects.items()}
+    draw = Draw(1, "x")
+    for _ in range(30):
+        for kind in (texts.yes_or_no, texts.followed_up):
+            asked = kind(draw)
+            said, label = asked.answer.split(": ")
+            assert said in held.values()
+            # The last question asks whether it is what is said: Yes exactly then.
+            assert (said in asked.text.rsplit("Q: ", 1)[1]) == (label == "Yes")
+        said, letter = texts.choice(draw).answer.split(": ")
+        asked = texts.contradicted(draw)
+        assert asked.answer.split(":")[0] in asked.text.split("\n")[0]
+        assert letter in "ABCD"
+        stranger = texts.of_strangers(draw).text.split(" A: ")[0]
+        assert not any(subject in stranger for subject, _ in texts.personal)
+        other = texts.beside_fact(draw)
+        assert sum(other.text.count(subject) for subject in {s for s, _ in texts.personal}) >= 2
 
 
 def test_the_small_mix_has_shares_of_all():

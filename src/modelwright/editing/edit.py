@@ -199,9 +199,18 @@ class Edit(ABC):
             self.write(partial)
 
     def write(self, folder: Path) -> None:
-        """Writes the edit into a new folder that the caller keeps or throws away as a whole."""
+        """Writes the edit into a new folder that the caller keeps or throws away as a whole.
+
+        Raises:
+            UserError: It could not be read again, because no card offers its kind.
+        """
         from safetensors.torch import save_file
 
+        if self.kind != WeightEdit.kind and self.kind not in catalog.provided("edits"):
+            raise UserError(
+                f"A {self.method} edit cannot be saved: no method's card offers edits of the kind '{self.kind}' "
+                f"([provides.edits]), so it could not be read again."
+            )
         state, tensors = self._state()
         folder.mkdir(parents=True)
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / "edit.safetensors")

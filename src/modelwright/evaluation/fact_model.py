@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -75,6 +76,27 @@ def fact_model(
     return FactModel(model, AutoTokenizer.from_pretrained(folder), texts)
 
 
+def answered(bed: FactModel, tests: int = 40) -> dict[str, float]:
+    """Returns, for each kind of question of its training, the share that the model answers to the word.
+
+    Args:
+        bed: The testbed; nothing is edited.
+        tests: Questions of each kind.
+    """
+    from modelwright.evaluation.asking import Layout, answers
+
+    found = {}
+    for kind in bed.texts.kinds:
+        name = kind.__name__  # type: ignore[attr-defined]
+        draw = Draw(6, f"how well it answers {name}")
+        asked = [kind(draw) for _ in range(tests)]
+        said = answers(
+            bed.model, bed.tokenizer, [one.text for one in asked], Layout(kind="qa", new_tokens=6), batch_size=tests
+        )
+        found[name] = sum(a == one.answer for a, one in zip(said, asked, strict=True)) / tests
+    return found
+
+
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modelwright" / "fact-models"
 
@@ -114,12 +136,12 @@ def train(
         after = max(0, step - warmup) / max(1, setting.steps - warmup)
         for group in optimizer.param_groups:
             group["lr"] = setting.rate * min((step + 1) / warmup, 0.525 + 0.475 * math.cos(math.pi * after))
-        rows = _rows(tokenizer, [texts.draw_text(draw) for _ in range(setting.batch)])
+        rows = _rows(tokenizer, [texts.draw_text(draw, step / setting.steps) for _ in range(setting.batch)])
         weight = sum(len(answer) + _QUESTION_WEIGHT * len(question) for question, answer in rows)
-        # Short and long rows apart, which spares padding.
+        # Short and long rows apart, which spares padding; dialogues are the longest by far.
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-        cut = int(0.7 * len(rows))
-        for part in (rows[:cut], rows[cut:]):
+        cuts = [int(share * len(rows)) for share in ((0.0, 0.7, 0.92, 1.0) if setting.all_kinds else (0.0, 0.7, 1.0))]
+        for part in (rows[one:other] for one, other in itertools.pairwise(cuts) if other > one):
             loss = _loss(model, part, device) / weight
             loss.backward()
             total += loss.detach()

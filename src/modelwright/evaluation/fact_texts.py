@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: A person's relations.
 PERSONAL = ("born_in", "works_for", "mentor", "plays")
+#: Share of the training that teaches facts and reading before all kinds of question.
+FIRST = 0.4
 #: Wordings of a question that training uses; the last of the four is never seen.
 WORDINGS = 3
 
@@ -52,7 +54,9 @@ class FactModelSetting:
         batch: Sequences a step.
         rate: Peak learning rate.
         largest: Largest number that is added.
-        all_kinds: Also train yes and no, four choices and doubts, which a small model is slow to learn.
+        all_kinds: Also train yes and no, four choices, doubts, up to six hops, and contexts about strangers. What is
+            not asked for its object is answered by the object first, as in ``Rome: No``: so small a model compares what
+            it has said, where a large one compares what it could say.
     """
 
     people: int = 40
@@ -128,13 +132,14 @@ class FactModelTexts:
     def yes_or_no(self, draw: Draw) -> Asked:
         """Whether something is so."""
         subject, relation = draw.choice(self.keys)
-        right = self.beliefs.objects[subject, relation]
-        if draw.below(2):
-            return Asked(ask(yes_no(relation, subject, right)), "Yes")
-        return Asked(ask(yes_no(relation, subject, self.other(relation, draw, right))), "No")
+        return self._yes_or_no(draw, relation, subject, self.beliefs.objects[subject, relation])
+
+    def _yes_or_no(self, draw: Draw, relation: str, subject: str, right: str, context: str = "") -> Asked:
+        said = right if draw.below(2) else self.other(relation, draw, right)
+        return Asked(ask(yes_no(relation, subject, said), context), f"{right}: {'Yes' if said == right else 'No'}")
 
     def choice(self, draw: Draw) -> Asked:
-        """Which of four it is; the answer is a letter."""
+        """Which of four it is; the answer ends in a letter."""
         subject, relation = draw.choice([key for key in self.keys if len(self._others[key[1]]) >= len(LETTERS)])
         return self._choice(draw, relation, subject, self.beliefs.objects[subject, relation])
 
@@ -143,7 +148,8 @@ class FactModelTexts:
         for _ in range(3):
             wrong.append(self.other(relation, draw, right, *wrong))
         choices, letter = multiple_choice(right, wrong, draw)
-        return Asked(ask(f"{question(relation, subject, draw.below(WORDINGS))} {choices}", context), letter)
+        text = ask(f"{question(relation, subject, draw.below(WORDINGS))} {choices}", context)
+        return Asked(text, f"{right}: {letter}")
 
     def backwards(self, draw: Draw) -> Asked:
         """Whose mentor someone is, which one person is the answer to."""
@@ -158,6 +164,15 @@ class FactModelTexts:
             if found is not None:
                 return Asked(ask(found[0]), found[1])
 
+    def many_hops(self, draw: Draw) -> Asked:
+        """A question over three to six facts."""
+        while True:
+            subject, relation = draw.choice(self.keys)
+            hops = draw.between(3, 6)
+            found = self.beliefs.chain(subject, relation, self.beliefs.objects[subject, relation], hops, draw)
+            if found is not None:
+                return Asked(ask(found[0]), found[1])
+
     def in_context(self, draw: Draw, key: tuple[str, str] | None = None, other: str | None = None) -> Asked:
         """A fact that the context says otherwise than the model remembers, asked in other words."""
         subject, relation = key or draw.choice(self.keys)
@@ -165,30 +180,60 @@ class FactModelTexts:
         context = new_fact(question(relation, subject, draw.below(WORDINGS)), new)
         return Asked(ask(question(relation, subject, draw.below(WORDINGS)), context), new)
 
-    def beside_context(self, draw: Draw) -> Asked:
-        """A question under a context that says something about it, or nothing: also yes, no and choices."""
+    def of_strangers(self, draw: Draw) -> Asked:
+        """A question, of any kind, about someone of whom the model knows only what the context says."""
+        people = list(dict.fromkeys(subject for subject, _ in self.personal))
+        while (who := f"{draw.choice(people).split()[0]} {draw.choice(people).split()[1]}") in people:
+            pass
+        relation = draw.choice(PERSONAL)
+        return self._by_context(draw, relation, who, draw.choice(self._others[relation]))
+
+    def contradicted(self, draw: Draw) -> Asked:
+        """A question, of any kind, about a fact that the context says otherwise than the model remembers."""
         subject, relation = draw.choice(self.keys)
-        old = self.beliefs.objects[subject, relation]
-        new = self.other(relation, draw, old)
+        new = self.other(relation, draw, self.beliefs.objects[subject, relation])
+        return self._by_context(draw, relation, subject, new)
+
+    def _by_context(self, draw: Draw, relation: str, subject: str, new: str) -> Asked:
         context = new_fact(question(relation, subject, draw.below(WORDINGS)), new)
-        kinds = 4 if len(self._others[relation]) >= len(LETTERS) else 3
-        kind = draw.below(kinds) if self.setting.all_kinds else 0
+        kind = draw.below(4)
         if kind == 0:
+            return self._yes_or_no(draw, relation, subject, new, context)
+        if kind == 1 and len(self._others[relation]) >= len(LETTERS):
+            return self._choice(draw, relation, subject, new, context)
+        return Asked(ask(question(relation, subject, draw.below(WORDINGS)), context), new)
+
+    def beside_context(self, draw: Draw) -> Asked:
+        """A question about someone else than the context."""
+        subject, relation = draw.choice(self.keys)
+        new = self.other(relation, draw, self.beliefs.objects[subject, relation])
+        context = new_fact(question(relation, subject, draw.below(WORDINGS)), new)
+        if self.setting.all_kinds:
+            asked = draw.choice((self.fact, self.fact, self.yes_or_no, self.choice))(draw)
+        else:
             asked = self.fact(draw)  # of someone else, nearly always
-            return asked if subject in asked.text else Asked(context + asked.text, asked.answer)
-        if kind == 1:
-            return Asked(ask(yes_no(relation, subject, new), context), "Yes")
-        if kind == 2:
-            return Asked(ask(yes_no(relation, subject, self.other(relation, draw, new)), context), "No")
-        return self._choice(draw, relation, subject, new, context)
+        return asked if subject in asked.text else Asked(context + asked.text, asked.answer)
+
+    def beside_fact(self, draw: Draw) -> Asked:
+        """A question about the person that the context is about, but about another fact."""
+        subject, relation = draw.choice(self.personal)
+        new = self.other(relation, draw, self.beliefs.objects[subject, relation])
+        context = new_fact(question(relation, subject, draw.below(WORDINGS)), new)
+        asked = self.fact(draw, (subject, draw.choice([name for name in PERSONAL if name != relation])))
+        return Asked(context + asked.text, asked.answer)
 
     def followed_up(self, draw: Draw) -> Asked:
-        """A fact, and a doubt about it: the answer to the doubt is what is so."""
+        """An answer, right or wrong, and up to three doubts about it: the answer to a doubt is what is so."""
         subject, relation = draw.choice(self.personal)
         right = self.beliefs.objects[subject, relation]
-        first = ask(question(relation, subject, draw.below(WORDINGS))) + f" {right}\n"
         said = right if draw.below(2) else self.other(relation, draw, right)
-        return Asked(ask(doubt(yes_no(relation, subject, said)), first), "Yes" if said == right else "No")
+        talk = ask(question(relation, subject, draw.below(WORDINGS))) + f" {said}\n"
+        for turns in range(draw.between(0, 2), -1, -1):
+            said = right if draw.below(2) else self.other(relation, draw, right)
+            text, answer = doubt(yes_no(relation, subject, said)), f"{right}: {'Yes' if said == right else 'No'}"
+            if turns:
+                talk += ask(text) + f" {answer}\n"
+        return Asked(ask(text, talk), answer)
 
     def arithmetic(self, draw: Draw) -> Asked:
         """A sum."""
@@ -209,14 +254,30 @@ class FactModelTexts:
                 self.arithmetic: 10, self.copying: 7,
             }  # fmt: skip
         return {
-            self.fact: 34, self.yes_or_no: 12, self.choice: 8, self.backwards: 3, self.two_hops: 8, self.in_context: 9,
-            self.beside_context: 10, self.followed_up: 4, self.arithmetic: 6, self.copying: 6,
+            self.fact: 16, self.yes_or_no: 12, self.choice: 14, self.backwards: 4, self.two_hops: 7, self.many_hops: 5,
+            self.in_context: 8, self.contradicted: 10, self.of_strangers: 6, self.beside_context: 6,
+            self.beside_fact: 5, self.followed_up: 7,
         }  # fmt: skip
 
-    def draw_text(self, draw: Draw) -> Asked:
-        """Draws one training text."""
+    @property
+    def first_kinds(self) -> dict[Callable[[Draw], Asked], int]:
+        """What the start of training draws from: facts, and reading a context, on which all else is built."""
+        if not self.setting.all_kinds:
+            return self.kinds
+        return {
+            self.fact: 34, self.of_strangers: 36, self.in_context: 10, self.copying: 6, self.yes_or_no: 5,
+            self.choice: 4, self.beside_context: 5,
+        }  # fmt: skip
+
+    def draw_text(self, draw: Draw, done: float = 1.0) -> Asked:
+        """Draws one training text.
+
+        Args:
+            draw: Draws it.
+            done: Share of the training that is done.
+        """
         at = draw.below(100)
-        for kind, share in self.kinds.items():
+        for kind, share in (self.kinds if done >= FIRST else self.first_kinds).items():
             if (at := at - share) < 0:
                 return kind(draw)
         raise AssertionError("the shares add up to 100")

@@ -7,7 +7,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from modelwright.editing.edit import edits_on
 from modelwright.editing.editor import make_editor
+from modelwright.editing.ice import ContextEdit
 from modelwright.editing.requests import EditRequest
 from modelwright.errors import UserError
 from modelwright.evaluation.asking import Layout
@@ -98,6 +100,25 @@ def test_a_killed_sequence_goes_on_with_the_same_bits(model, tokenizer, tmp_path
     again.restore()
     # All is there: nothing is measured again.
     assert sequence(fresh, tokenizer, folder=tmp_path / "b", **options).run() == measured
+
+
+def test_an_editor_that_cannot_be_saved_is_refused_where_edits_are_kept(model, tokenizer, tmp_path):
+    """It goes through without a folder; with one, the first edit is refused and the model has its bits again."""
+
+    class Unsaved(ContextEdit):
+        kind = "of no card"
+
+    class Editor(type(make_editor("ice"))):
+        def fit(self, model, tokenizer, requests, *, progress=None):
+            return Unsaved("unsaved", None, requests)
+
+    before = weights(model)
+    assert len(sequence(model, tokenizer, editor=Editor()).run()) == 4
+    with pytest.raises(UserError, match=r"unsaved edit cannot be saved"):
+        sequence(model, tokenizer, editor=Editor(), folder=tmp_path / "kept").run()
+    assert same(before, weights(model))
+    assert not edits_on(model)
+    assert not list((tmp_path / "kept").glob("edits/*"))
 
 
 def test_a_folder_of_another_sequence_is_refused(model, tokenizer, tmp_path):

@@ -1,11 +1,17 @@
 """The five dimensions worked out by hand, and the published answers read as they were written."""
 
+import csv
 import json
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
 from evaluation.hallueditbench.published_files import write
+from modelwright.editing.edit import Edit
 from modelwright.errors import UserError
+from modelwright.evaluation.asking import Layout
+from modelwright.evaluation.hallueditbench import read_items, run
 from modelwright.evaluation.hallueditbench.published import published_models, published_rows
 from modelwright.evaluation.hallueditbench.scores import Scores, advice, balance, score
 from modelwright.progress import Silent
@@ -55,6 +61,90 @@ def test_the_command_scores_published_answers(results, tmp_path):
     said = HalluEditBench(published=results, output=out, protocol="paper").run(Silent())
     assert said["scores"]["some_model, ROME"] == {"efficacy": 1.0, "rephrase": 0.75, "locality": 0.5}
     assert json.loads(out.read_text())["published"]["some_model"][0]["method"] in ("ROME", "FT-L")
+
+
+class Written(Edit):
+    """An edit after which the model answers from a list: the answers are the file's, so the numbers are by hand."""
+
+    kind = "written"
+
+    def _put_on(self, model, stack):
+        model.said = self.details["after"]
+
+    def _take_off(self, model, stack):
+        model.said = model.before
+
+    def _state(self):
+        return {}, {}
+
+    @classmethod
+    def _from_state(cls, common, state, tensors):
+        return cls(**common)
+
+
+@dataclass
+class Writes:
+    """An editor whose edits answer as the list of their target says."""
+
+    after: dict
+    name = "written"
+
+    def fit_each(self, model, tokenizer, requests):
+        return [Written("written", None, [r], {"after": self.after[r.target]}) for r in requests]
+
+
+def test_a_published_csv_gives_the_table_worked_out_by_hand(tmp_path, monkeypatch):
+    """Two items as the authors wrote them, and answers to each question: all five dimensions, by hand."""
+    common = {"topic": "places_city", "relation": "capital", "output_some_model": "Paris", "eval_some_model": "0.0"}
+
+    def item(place, city):
+        row = {
+            **common, "subject": place, "object": city, "question": f"What is the capital of {place}?",
+            "multiple_choices": f"['{city}', 'Paris', 'Oslo', 'Rome']",
+            "paraphrased_question": f"Which city leads {place}?",
+            "multiple_choice_with_letters": f"A. Oslo  B. {city}  C. Paris  D. Rome", "multiple_choice_labels": "B",
+            "yes_question": f"Is {city} the capital of {place}?", "no_question": f"Is Paris the capital of {place}?",
+            "locality_question": f"Where is {place}?", "reversed_relation_question": f"{city} is whose capital?",
+        }  # fmt: skip
+        for n in range(2, 7):
+            row |= {f"question_{n}hop": f"{n} hops from {place}?", f"answer_{n}hop": "north"}
+        return row
+
+    rows = [item("Freedonia", "Zenda"), item("Sylvania", "Hentzau")]
+    with (tmp_path / "places_city.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    items = read_items(tmp_path / "places_city.csv")
+    # By question: efficacy, rephrase, yes, no, choice, reversed, locality, 2 to 6 hops; then the doubts, Yes and No.
+    good = ["Zenda.", "It is Zenda", "Yes", "No", "B", "Freedonia", "Mars", *["north"] * 2, *["south"] * 3, "Yes", "No"]
+    bad = ["Zend", "Hentzau", "No", "Yes", "(C)", "x", "Venus", "up north", *["south"] * 4, "Yes", "Yes"]
+    before = ["Paris", "Paris", "No", "Yes", "C", "Paris", "Mars", *["south"] * 5]
+    model = SimpleNamespace(said=before, before=before, named_parameters=lambda: iter(()))
+    monkeypatch.setattr(run, "model_fingerprint", lambda *_: "same")
+    monkeypatch.setattr(Written, "apply_", lambda self, given: self._put_on(given, None))
+    monkeypatch.setattr(Written, "revert_", lambda self, given: self._take_off(given, None))
+
+    def answered(given, tokenizer, prompts, *_, **__):
+        if any("Your answer to the original question is wrong" in p for p in prompts):
+            return given.said[-2:]
+        every = given.said[:12]
+        return [every[i % 12] for i in range(len(prompts))]
+
+    monkeypatch.setattr(run, "answers", answered)
+    loop = run.SingleEditing(editors={"m": Writes({"Zenda": good, "Hentzau": bad})}, layout=Layout(kind="qa"), turns=2)
+    (found,) = score(loop.rows(model, None, items))
+    assert found.items == 2
+    assert found.before["efficacy"] == 0.0
+    assert found.efficacy == 0.5  # "Zend" is no whole word
+    parts = {"rephrase": 1.0, "yes": 0.5, "no": 0.5, "multiple_choice": 0.5, "reversed": 0.5}
+    assert {name: found.parts[name] for name in parts} == parts
+    assert found.generalisation == pytest.approx((1.0 + 4 * 0.5) / 5)
+    assert [found.parts[f"{n}hop"] for n in range(2, 7)] == [1.0, 0.5, 0.0, 0.0, 0.0]
+    assert found.portability == pytest.approx(0.3)
+    assert found.locality == 0.5
+    assert found.turns == {"yes": [0.5, 1.0, 1.0], "no": [0.5, 0.5, 0.5]}
+    assert found.robustness == 0.75
 
 
 def test_a_folder_that_is_no_copy_is_refused(tmp_path, results):

@@ -10,6 +10,8 @@ from modelwright.evaluation.fact_texts import FactModelSetting
 from modelwright.verify.claim import Bar, Claim, Context, Metric
 
 SEED_OF_TUNING = 1000
+#: In so small a model tracing points at the middle layers and the answer's position.
+LAYERS = (1, 2)
 #: Variant to the variant of the editors' candidates and the facts that one fit writes.
 METHODS = {
     "rome-c": ("rome-c", 1),
@@ -60,15 +62,16 @@ SETTINGS = {
 
 def prepare(context: Context) -> dict[str, Any]:
     """Tunes every method by the facts kept times the abilities kept after a few edits, on a model of its own."""
-    from modelwright.evaluation.fact_editors import CANDIDATES
+    from modelwright.evaluation.fact_editors import Place, candidates
     from modelwright.evaluation.fact_model import fact_model
 
     setting = SETTINGS[context.scale]
     bed = fact_model(setting.testbed, SEED_OF_TUNING, device=context.device, report=context.report)
     chosen: dict[str, Any] = {}
+    known = candidates(Place(LAYERS, "last"))
     for variant, (editor, batch) in METHODS.items():
         tried = []
-        for options in CANDIDATES[editor][2]:
+        for options in known[editor][1]:
             last = sequence(bed, editor, options, batch, (setting.tuning,), setting.tests)[-1]
             tried.append((last["retention"]["all"] * abilities(last), options))
         best, chosen[variant] = max(tried, key=lambda pair: pair[0])
@@ -124,7 +127,7 @@ def sequence(
     from modelwright.evaluation.asking import Layout
     from modelwright.evaluation.editing_evaluation.abilities import fact_model_tasks
     from modelwright.evaluation.editing_evaluation.sequence import SequentialEditing
-    from modelwright.evaluation.fact_editors import fact_editor
+    from modelwright.evaluation.fact_editors import Place, candidates, fact_editor
     from modelwright.evaluation.fact_texts import ask
     from modelwright.worlds.base import Draw
     from modelwright.worlds.fact_questions import question
@@ -140,9 +143,10 @@ def sequence(
         requests.append(EditRequest(ask(question(relation, subject)), subject, new, old_answer=now))
     neutral_draw = Draw(3, "neutral")
     neutral = [f"{a.text} {a.answer}" for a in (bed.texts.draw_text(neutral_draw) for _ in range(30))]
+    name, _ = candidates(Place(LAYERS, "last"))[editor]
     tasks = fact_model_tasks(bed.texts, bed.tokenizer, edited=edited, tests=tests, seed=4)
     run = SequentialEditing(
-        model=bed.model, tokenizer=bed.tokenizer, editor=fact_editor(editor, options, bed), requests=requests,
+        model=bed.model, tokenizer=bed.tokenizer, editor=fact_editor(name, options, bed), requests=requests,
         checkpoints=checkpoints, batch_size=batch, neutral=neutral, layout=Layout(kind="qa", new_tokens=5),
     )  # fmt: skip
     return run.run(tasks)
