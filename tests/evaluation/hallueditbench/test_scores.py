@@ -121,7 +121,7 @@ def test_a_published_csv_gives_the_table_worked_out_by_hand(tmp_path, monkeypatc
     bad = ["Zend", "Hentzau", "No", "Yes", "(C)", "x", "Venus", "up north", *["south"] * 4, "Yes", "Yes"]
     before = ["Paris", "Paris", "No", "Yes", "C", "Paris", "Mars", *["south"] * 5]
     model = SimpleNamespace(said=before, before=before, named_parameters=lambda: iter(()))
-    monkeypatch.setattr(run, "model_fingerprint", lambda *_: "same")
+    monkeypatch.setattr(run, "model_fingerprint", lambda *_, **__: "same")
     monkeypatch.setattr(Written, "apply_", lambda self, given: self._put_on(given, None))
     monkeypatch.setattr(Written, "revert_", lambda self, given: self._take_off(given, None))
 

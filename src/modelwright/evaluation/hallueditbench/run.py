@@ -20,6 +20,7 @@ from modelwright.evaluation.editors import describe, writes_prompt
 from modelwright.evaluation.fact_texts import doubt
 from modelwright.evaluation.hallueditbench.items import Item, Probe
 from modelwright.evaluation.matching import Judge, Protocol, agrees
+from modelwright.models.roles import unwrap
 from modelwright.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class SingleEditing:
         if self.turns < 0 or self.batch_size < 1 or self.fit_batch < 1:
             raise UserError("turns must be 0 or more, batch_size and fit_batch at least 1.")
         layout, progress = self.layout or layout_for(tokenizer), progress or Silent()
-        start = model_fingerprint(model)
+        every = [name for name, _ in unwrap(model).named_parameters()]
+        start = model_fingerprint(model, whole=every)
         store = _Store(kept, self._plan(layout, items, start), force)
         progress.start("edits", len(self.editors) * len(items))
         for chunk in _chunks([item for item in items if item.id not in store.before], 32):
@@ -105,7 +107,7 @@ class SingleEditing:
                         row = self._row(model, tokenizer, layout, method, editor, item, edit, store.before[item.id])
                     store.add({**row, "seconds": round(seconds, 4)})
                     progress.advance(1, method)
-                if model_fingerprint(model) != start:
+                if model_fingerprint(model, whole=every) != start:
                     raise RuntimeError(f"{method} left the model changed: later answers would not be its own.")
         store.close()
         return [store.rows[method, item.id] for method in self.editors for item in items]
