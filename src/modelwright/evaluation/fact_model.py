@@ -87,7 +87,7 @@ def answered(bed: FactModel, tests: int = 40) -> dict[str, float]:
 
     found = {}
     for kind in bed.texts.kinds:
-        name = kind.__name__  # type: ignore[attr-defined]
+        name = kind.__name__
         draw = Draw(6, f"how well it answers {name}")
         asked = [kind(draw) for _ in range(tests)]
         said = answers(
