@@ -20,12 +20,12 @@ VARIANTS = {
     "same": "one residual selection for all blocks, searched for alike",
     "same_mlp": "that, and MLP units of each block",
     "no_hypernet": "independent selections, no hypernetwork",
-    "noisy": "DISP-LLM, drawn with noise, brought to the ratio (mean of 5)",
-    "noisy_raw": "DISP-LLM, drawn with noise, as drawn (mean of 5)",
+    "noisy": "DISP-LLM, drawn with noise, brought to the ratio (mean of 3)",
+    "noisy_raw": "DISP-LLM, drawn with noise, as drawn (mean of 3)",
     "magnitude": "magnitude",
     "wanda": "Wanda, structured",
     "slicegpt": "SliceGPT-style rotation",
-    "random": "random (mean of 5)",
+    "random": "random (mean of 3)",
     "semi": "2:4 magnitude (nothing gets smaller)",
     "dense": "dense",
 }
@@ -38,7 +38,7 @@ SEARCHES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 }
 #: What is tried for scored variants: one residual selection or one a block, and how much more of the MLP to keep.
 SCORED = [(mode, balance) for mode in ("same_mlp", "independent") for balance in (-0.15, 0.0, 0.15)]
-DRAWS = 5
+DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ SETTINGS = {
         batch=4, steps=6, vocabulary=300, search_steps=6, search_batch=2, blocks=4,
     ),
     "cpu": Setting(
-        world={"pool_chunks": 2000, "target_chunks": 1, "heldout_chunks": 30}, shape=_shape(64, 192, 4, 4), window=80,
-        batch=16, steps=450, vocabulary=1024, search_steps=350, search_batch=8, blocks=150,
+        world={"pool_chunks": 1000, "target_chunks": 1, "heldout_chunks": 30}, shape=_shape(64, 192, 4, 4), window=80,
+        batch=16, steps=250, vocabulary=1024, search_steps=250, search_batch=4, blocks=60,
     ),
     "gpu": Setting(
         world={"pool_chunks": 5000, "target_chunks": 1, "heldout_chunks": 60}, shape=_shape(384, 1024, 8, 6),
