@@ -164,7 +164,10 @@ def test_generation_with_cache_and_left_padding(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_tied_embeddings_stay_tied(family, tmp_path):
     model = made(family, tie_word_embeddings=True)
-    small = shrink(model, masks_of(model))
+    masks = masks_of(model)
+    small = shrink(model, masks)
+    with masked(model, masks):
+        assert torch.allclose(logits(small), logits(model), atol=1e-5)
     assert small.get_output_embeddings().weight is small.get_input_embeddings().weight
     save_model(small, None, tmp_path / "small")
     loaded = load_model(tmp_path / "small")
@@ -247,6 +250,7 @@ def test_the_model_itself_is_left_alone():
         logits(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [type(m) for m in model.modules()] == classes
+    assert roles(shrink(made("llama"), masks_of(made("llama")))).layers[1].gate.weight().shape[0] < 64
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert not any(hooks)
     assert len(list(itertools.chain(roles(model).layers))) == 2

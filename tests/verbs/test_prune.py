@@ -73,8 +73,19 @@ def test_a_pruned_model_and_its_report() -> None:
     for word in ("MLP units", "block 1", "slicegpt", "other.jsonl", "weights, MiB", "<svg"):
         assert word in html
     assert not Path("small.search").exists()
+    assert any(line.startswith("block 1: attention reads") for line in progress.lines)
     with pytest.raises(UserError, match="exists already"):
         prune()
+    load_verb("convert")(architecture="plain", model="small", output=Path("plain")).run(Silent())
+    plain, ids = load_model("plain"), torch.arange(3, 20)[None]
+    assert plain.config.model_type == "llama"
+    assert torch.allclose(plain(input_ids=ids).logits, small(input_ids=ids).logits, atol=1e-5)
+
+
+def test_few_documents_are_all_read_and_the_report_says_so() -> None:
+    write_rows("few.jsonl", [{"text": text} for text in TEXTS[:4]])
+    prune("random", data=["few.jsonl"])
+    assert "calibration text itself, which flatters" in Path("small/pruning.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "slicegpt", "random"])

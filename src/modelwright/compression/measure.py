@@ -57,13 +57,13 @@ def speeds(
             if first.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            prefill = _seconds(lambda model=model: _prefill(model, ids), first.device)  # type: ignore[misc]
+            reading = _seconds(lambda model=model: prefill(model, ids), first.device)  # type: ignore[misc]
             if first.device.type == "cuda":
                 found[name]["peak_bytes"] = float(torch.cuda.max_memory_allocated() - before)
-            decode = _seconds(lambda model=model: _decode(model, few, new_tokens), first.device)  # type: ignore[misc]
+            writing = _seconds(lambda model=model: decode(model, few, new_tokens), first.device)  # type: ignore[misc]
             if turn:  # the first is what sets everything up
-                taken[name]["prefill"].append(prefill)
-                taken[name]["decode"].append(decode)
+                taken[name]["prefill"].append(reading)
+                taken[name]["decode"].append(writing)
     for name, own in taken.items():
         found[name]["prefill_tokens_per_second"] = ids.numel() / statistics.median(own["prefill"])
         found[name]["decode_tokens_per_second"] = few.shape[0] * new_tokens / statistics.median(own["decode"])
@@ -81,12 +81,14 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _prefill(model: Any, ids: torch.Tensor) -> None:
+def prefill(model: Any, ids: torch.Tensor) -> None:
+    """Reads (batch, length) tokens into a cache."""
     model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
 
 @torch.no_grad()
-def _decode(model: Any, ids: torch.Tensor, new_tokens: int) -> None:
+def decode(model: Any, ids: torch.Tensor, new_tokens: int) -> None:
+    """Writes tokens after (batch, length) ones, greedily, with the cache."""
     cache, token = None, ids
     for _ in range(new_tokens):
         out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)

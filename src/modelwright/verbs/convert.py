@@ -15,10 +15,13 @@ class Convert:
     """Convert a model to another architecture, keeping its weights.
 
     `modelwright convert resformer --model my-llama --output my-resformer` adds learnable value residuals that start
-    where the checkpoint is, so continued training has no jump in its loss.
+    where the checkpoint is, so continued training has no jump in its loss. `plain` fills a pruned model up with
+    zeros to one of its own family, for programs that know no other.
     """
 
-    architecture: Annotated[str, Arg("Architecture to convert to: resformer or svformer.", positional=True)]
+    architecture: Annotated[
+        str, Arg("Architecture to convert to: resformer, svformer; plain for a pruned model.", positional=True)
+    ]
     model: Annotated[str, Arg("Model folder or hub id to convert.", kind="input")]
     output: Annotated[Path, Arg("Model folder to write.", short="-o", kind="output", filename="model")]
     set: Annotated[dict[str, Any], Arg("Setting of the architecture, such as mode=constant; repeatable.")] = field(

@@ -48,8 +48,8 @@ class PruneDispLlm(Prune):
 
         return DispPruningConfig(
             keep_ratio=self.ratio, mode=self.mode, network=self.network, estimator=self.estimator, penalty=self.penalty,
-            steps=self.steps, lr=self.lr, round_to=self.round_to, gradient_checkpointing=self.gradient_checkpointing,
-            seed=self.seed,
+            steps=self.steps, lr=self.lr, round_to=self.round_to or 1, seed=self.seed,
+            gradient_checkpointing=self.gradient_checkpointing,
         )  # fmt: skip
 
     def _state(self) -> Path:
@@ -95,6 +95,8 @@ class PruneDispLlm(Prune):
                 progress.message(f"step {now.step:,}: loss {loss:.3f}, keeps {share:.1%}; {_kept(now)}")
 
         pruner.fit(batches, on_step=on_step, checkpoint=state, save_every=self.save_every, plan=plan)
+        for line in _lines(pruner):
+            progress.message(line)
         return pruner.apply(deterministic=not self.noisy, seed=self.seed), pruner.history
 
     def _compare(self, model: Any, batches: CalibrationBatches, comparison: Comparison, progress: Progress) -> None:
@@ -106,7 +108,7 @@ class PruneDispLlm(Prune):
         some = first_batches(batches)
         for method in METHODS:
             try:
-                small = prune_width(model, method, self.ratio, batches=some, round_to=self.round_to)
+                small = prune_width(model, method, self.ratio, batches=some, round_to=self.round_to or 1)
             except UserError as error:  # not every method is made for every family
                 progress.message(f"{method} is left out: {error}")
                 continue
@@ -118,6 +120,15 @@ class PruneDispLlm(Prune):
         found = super().run(progress)
         self._state().unlink(missing_ok=True)
         return found
+
+
+def _lines(pruner: Any) -> list[str]:
+    """What each block reads and writes in the end, in words."""
+    return [
+        f"block {i}: attention reads {own['attn_in']:,} and writes {own['attn_out']:,}, MLP reads {own['mlp_in']:,}, "
+        f"has {own['mlp_middle']:,} units, writes {own['mlp_out']:,}"
+        for i, own in enumerate(pruner.masks().widths())
+    ]
 
 
 def _kept(pruner: Any) -> str:
