@@ -20,6 +20,12 @@ def tokenizer():
     return byte_tokenizer()
 
 
+def test_yaml_in_a_line_may_be_longer_than_the_name_of_a_file():
+    heads = [f"{layer}-{head}" for layer in range(20) for head in range(20)]
+    parts = read_parts([f"decore: {{head: [{', '.join(heads)}]}}"])
+    assert len(parts.generator.options.head) == 400
+
+
 def test_a_name_a_line_a_mapping_and_files_say_the_same(tmp_path):
     (tmp_path / "m.yaml").write_text("string:\n  window: 64\n  shift: 100\n")
     (tmp_path / "m.json").write_text(json.dumps({"string": {"window": 64, "shift": 100}}))

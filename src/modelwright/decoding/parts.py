@@ -264,12 +264,12 @@ def read_parts(given: Sequence[str | Path | Mapping[str, Any]]) -> Parts:
     named: list[tuple[str, Mapping[str, Any], str]] = []
     edits: list[str] = []
     for one in given:
-        if isinstance(one, Mapping) or not (Path(one).expanduser() / "edit.json").is_file():
+        if not _holds_edit(one):
             named += _named(one)
             continue
         if not edits:  # folders of edits are one method, where the first of them stands
             named.append(("edited", {"edit": edits}, ""))
-        edits.append(str(one))
+        edits.append(str(Path(str(one)).expanduser()))
     parts = [_part(name, options, where) for name, options, where in named]
     names = [part.name for part in parts]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -293,6 +293,13 @@ def read_cache(given: str | Path | Mapping[str, Any]) -> Part:
     if len(named) > 1:
         raise UserError(f"'{named[0][0]}' and '{named[1][0]}' are two caches: name one.")
     return _part(*named[0], kinds=("caches",), what="cache")
+
+
+def _holds_edit(given: str | Path | Mapping[str, Any]) -> bool:
+    """Whether it is the folder of a saved edit."""
+    if isinstance(given, Mapping) or "\n" in str(given) or ": " in str(given):  # YAML may be longer than a name may be
+        return False
+    return (Path(given).expanduser() / "edit.json").is_file()
 
 
 def _named(given: str | Path | Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
