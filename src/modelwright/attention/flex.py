@@ -15,7 +15,6 @@ def compiled(
     score_mod: Callable[..., torch.Tensor] | None,
     block_mask: Any,
     scaling: float,
-    training: bool,
 ) -> torch.Tensor:
     """Attends; (batch, heads, rows, value size) in the query's dtype. Heads of a group share keys where flex can."""
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
@@ -23,8 +22,9 @@ def compiled(
     heads = query.shape[1]
     if heads & (heads - 1):  # as transformers does: the kernel packs groups in powers of two
         key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    # (Its flag for training matters to one old release of torch; to change it compiles anew.)
     found: torch.Tensor = compile_friendly_flex_attention(
-        query, key, value, training=training, score_mod=score_mod, block_mask=block_mask, scale=scaling,
+        query, key, value, training=True, score_mod=score_mod, block_mask=block_mask, scale=scaling,
         enable_gqa=key.shape[1] < heads,
     )  # fmt: skip
     return found

@@ -161,7 +161,7 @@ def test_flex_attention_is_told_the_same(mode, per_head):
     kept, bias = drawn(config, 70)
     expected = block_attention(query, key, value, kept, 16, scaling=0.4, correction=bias, softcap=2.0)
 
-    def plain(query, key, value, score_mod, block_mask, scaling, training):
+    def plain(query, key, value, score_mod, block_mask, scaling):
         return flex_attention(query, key, value, score_mod, block_mask, scale=scaling, enable_gqa=True)
 
     found = flex_blocks(query, key, value, kept, 16, scaling=0.4, correction=bias, softcap=2.0, attention=plain)

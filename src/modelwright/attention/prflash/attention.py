@@ -214,9 +214,7 @@ def _attend(
     if query.is_cuda and first == 0 and rows > 1 and real is None and size % KERNEL_BLOCK == 0 and not dropout:
         from modelwright.attention.prflash.kernel import flex_blocks
 
-        return flex_blocks(
-            query, key, value, kept, size, scaling=scaling, correction=correction, softcap=softcap, training=training
-        )
+        return flex_blocks(query, key, value, kept, size, scaling=scaling, correction=correction, softcap=softcap)
     return block_attention(
         query, key, value, kept, size, scaling=scaling, first=first, correction=correction,
         real=None if real is None else real[:, : last + 1], dropout=dropout, softcap=softcap,

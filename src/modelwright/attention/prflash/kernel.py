@@ -20,7 +20,6 @@ def flex_blocks(
     scaling: float,
     correction: torch.Tensor | None = None,
     softcap: float | None = None,
-    training: bool = False,
     attention: Callable[..., torch.Tensor] = compiled,
 ) -> torch.Tensor:
     """Attends as :func:`~modelwright.attention.prflash.blocks.block_attention` from place 0 on, without padding.
@@ -34,7 +33,6 @@ def flex_blocks(
         scaling: Factor of the scores.
         correction: (blocks,) float, added to the scores by distance.
         softcap: As in Gemma-2.
-        training: Whether the model is in training mode.
         attention: What calls the kernel.
     """
     tokens = query.shape[2]
@@ -49,7 +47,7 @@ def flex_blocks(
         return score
 
     score_mod = change if softcap is not None or added is not None else None
-    return attention(query, key, value, score_mod, block_mask, scaling, training)
+    return attention(query, key, value, score_mod, block_mask, scaling)
 
 
 def as_block_mask(kept: torch.Tensor, block: int, tokens: int, device: torch.device) -> Any:

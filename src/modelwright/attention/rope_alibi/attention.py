@@ -153,7 +153,7 @@ def rope_alibi_attention(
 
             block_mask = causal_blocks(places, query.shape[0], mask)
             score = score_mod(places, query.shape[0], slopes, settings.distance, softcap)
-            return compiled(query, key, value, score, block_mask, scaling, module.training), None
+            return compiled(query, key, value, score, block_mask, scaling), None
 
         def bias_of(start: int, stop: int) -> torch.Tensor:
             return _bias(places.distance(start, stop)[:, None], slopes, settings.distance)
