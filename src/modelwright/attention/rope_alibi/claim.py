@@ -59,7 +59,7 @@ class Setting:
 
 SETTINGS = {
     "miniature": Setting(16, 16, 1, 2, 3, 2, (1e-3, 1e-2), 1024, 20),
-    "cpu": Setting(64, 64, 2, 4, 240, 16, (2e-3, 5e-3, 1e-2), 32_768, 600),
+    "cpu": Setting(64, 64, 2, 4, 200, 16, (3e-3, 1e-2), 16_384, 600),
     # Not yet run. Some 30 trainings of 400 steps, whose time is launches.
     "gpu": Setting(512, 256, 6, 8, 400, 32, (1e-3, 2e-3, 4e-3), 40_960, 3000),
 }
