@@ -271,6 +271,6 @@ CLAIM = Claim(
     seeds={"cpu": (0, 1, 2), "gpu": (0, 1, 2), "miniature": (0, 1)},
     notes="The method is a reconstruction. Operations are those of a forward pass by formula, linear maps included, in "
     "expectation over draws; PrFlash and the window so get about as many steps, and full attention fewer. A prototype "
-    "saw single passes that were worse than the window's. Random tensors attend to everything alike, which is the hardest "
-    "case for any choice of blocks. Nothing is said of long sequences, where attention is most of the cost.",
+    "saw single passes that were worse than the window's. Random tensors attend to everything alike, which is the "
+    "hardest case for any choice of blocks. Nothing is said of long sequences, where attention is most of the cost.",
 )
