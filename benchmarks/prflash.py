@@ -153,7 +153,7 @@ def main() -> None:
             "tables": tables,
             "notes": [
                 "Blocks of 128 tokens, one layer's attention alone: "
-                + ("bfloat16, 32 heads of 128 over 8 key heads, flex_attention. " if gpu else "float32, 4 heads of 64. ")
+                + ("bfloat16, 32 heads of 128, 8 key heads, flex_attention. " if gpu else "float32, 4 heads of 64. ")
                 + "Means over rounds with a draw each. The last column is 1 if cost follows the blocks exactly.",
             ],
             "command": "python benchmarks/prflash.py" + (" --device cuda" if gpu else ""),
