@@ -8,6 +8,11 @@ from typing import Any
 import torch
 
 
+def usable(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether the compiled kernel is worth calling: on a GPU, for several queries, for heads of at least 16."""
+    return query.is_cuda and query.shape[2] > 1 and not dropout and min(query.shape[-1], value.shape[-1]) >= 16
+
+
 def compiled(
     query: torch.Tensor,
     key: torch.Tensor,

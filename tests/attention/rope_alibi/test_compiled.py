@@ -58,7 +58,7 @@ def test_a_model_trains_on_a_gpu_as_on_a_cpu(distance, learnable):
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_padded_batch_is_generated_on_a_gpu_as_alone(dtype):
-    model = tiny_model("llama", initializer_range=0.3).to("cuda", dtype)
+    model = tiny_model("llama", initializer_range=0.3, hidden_size=128, head_dim=32).to("cuda", dtype)
     ids = torch.randint(3, 250, (1, 150), generator=torch.Generator().manual_seed(0)).cuda()
     padded = torch.cat((torch.zeros_like(ids[:, :9]), ids), dim=1)
     with RopeAlibiConfig().apply(model), torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import nn
 
+from modelwright.attention.flex import compiled, usable
 from modelwright.attention.implementation import AttentionConfig, register
 from modelwright.attention.places import Places
 from modelwright.attention.rope_alibi.bias import Distance, Slopes, harmonic_numbers, head_slopes, penalty
@@ -148,9 +149,7 @@ def rope_alibi_attention(
     weights = bool(more.get("output_attentions"))
     if mask is None or Places.are(mask):
         places = Places.last(rows, keys, query.device) if mask is None else Places.read(mask, rows)
-        if query.is_cuda and rows > 1 and not weights and not dropout:
-            from modelwright.attention.flex import compiled
-
+        if usable(query, value, dropout) and not weights:
             block_mask = causal_blocks(places, query.shape[0], mask)
             score = score_mod(places, query.shape[0], slopes, settings.distance, softcap)
             return compiled(query, key, value, score, block_mask, scaling), None
