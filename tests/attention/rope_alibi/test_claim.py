@@ -34,7 +34,7 @@ def test_miniature_measures_every_variant_and_repeats_exactly():
 
 
 def test_held_out_text_is_not_trained_on():
-    train, heldout = (bytes(part.astype("uint8")).decode() for part in claim.text(claim.SETTINGS["cpu"], 0))
+    train, heldout = (bytes(part.astype("uint8")).decode() for part in claim.text(claim.SETTINGS["cpu"].chunks, 0))
     lines = {line.strip() for line in heldout.splitlines() if len(line.strip()) >= 40}
     assert lines
     assert not lines & {line.strip() for line in train.splitlines()}

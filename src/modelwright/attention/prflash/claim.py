@@ -195,7 +195,7 @@ def prepare(context: Context) -> dict[str, Any]:
     from modelwright.attention.rope_alibi.claim import text
 
     setting = SETTINGS[context.scale]
-    data, heldout = text(setting, TUNING_SEED)
+    data, heldout = text(setting.chunks, TUNING_SEED)
     found: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         found[variant] = {}
@@ -215,7 +215,7 @@ def run(context: Context, seed: int, prepared: Mapping[str, Any]) -> dict[str, d
     from modelwright.attention.rope_alibi.claim import text
 
     setting = SETTINGS[context.scale]
-    data, heldout = text(setting, seed)
+    data, heldout = text(setting.chunks, seed)
     measured: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         model = trained(variant, setting, seed, prepared["learning_rates"][variant], data, context.device)

@@ -65,13 +65,13 @@ SETTINGS = {
 }
 
 
-def text(setting: Setting, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def text(chunks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns bytes to train on and held-out ones, both of the language reference of Python, of different topics."""
     import numpy as np
 
     from modelwright.worlds.stdlib_text import stdlib_text
 
-    world = stdlib_text(seed, pool_chunks=setting.chunks, target_chunks=1, heldout_chunks=60)
+    world = stdlib_text(seed, pool_chunks=chunks, target_chunks=1, heldout_chunks=60)
     train = "\n\n".join(row["text"] for row in world.pool if row["kind"] == "reference")
     heldout = "\n\n".join(row["text"] for row in world.heldout)
     return tuple(np.frombuffer(part.encode(), dtype=np.uint8).astype(np.int64) for part in (train, heldout))  # type: ignore[return-value]
@@ -132,7 +132,7 @@ def nats(model: PreTrainedModel, data: np.ndarray, length: int, device: str) -> 
 def prepare(context: Context) -> dict[str, Any]:
     """Chooses each trained variant's learning rate from the same grid, at the training length, on a seed of its own."""
     setting = SETTINGS[context.scale]
-    data, heldout = text(setting, TUNING_SEED)
+    data, heldout = text(setting.chunks, TUNING_SEED)
     losses: dict[str, dict[str, float]] = {}
     for variant in TRAINED:
         losses[variant] = {}
@@ -147,7 +147,7 @@ def prepare(context: Context) -> dict[str, Any]:
 def run(context: Context, seed: int, prepared: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Trains every variant on the same sequences and reads the same held-out text at three lengths."""
     setting = SETTINGS[context.scale]
-    data, heldout = text(setting, seed)
+    data, heldout = text(setting.chunks, seed)
     measured: dict[str, dict[str, float]] = {}
     model: Any = None
     for variant in VARIANTS:
