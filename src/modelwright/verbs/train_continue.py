@@ -49,6 +49,9 @@ class TrainContinue:
     budget_tokens: Annotated[int | None, Arg("Tokens of the plain run; the whole domain once by default.")] = None
     subset_share: Annotated[float, Arg("Tokens of the subset, as a share of the budget.")] = 0.1
     subset_tokens: Annotated[int | None, Arg("Tokens of the subset, instead of --subset-share.")] = None
+    best_tokens: Annotated[
+        int | None, Arg("Tokens of the best documents that the domain's part is drawn from; the subset's by default.")
+    ] = None
     epochs: Annotated[int, Arg("Epochs over the subset.")] = 4
     fixed: Annotated[bool, Arg("Keep the domain's part the same in every epoch, instead of drawing it anew.")] = False
     select: Annotated[str, Arg("Method that ranks the domain: perplexity, dsir, zip-fit …")] = "perplexity"
@@ -127,7 +130,16 @@ _TRAINING = (
 )
 _WORK = (
     *("model", "domain", "reference", "general", "replace", "select", "budget_tokens", "subset_tokens"),
-    *("subset_share", "epochs", "equal_tokens", "replay", "fixed", "frozen_layers", "rewarm_learning_rate"),
+    *(
+        "subset_share",
+        "best_tokens",
+        "epochs",
+        "equal_tokens",
+        "replay",
+        "fixed",
+        "frozen_layers",
+        "rewarm_learning_rate",
+    ),
     *("every_tokens", "layer_groups", "text_field", "lora_rank", "strict"),
 )
 

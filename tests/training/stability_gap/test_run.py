@@ -163,6 +163,8 @@ def test_every_arm_trains_with_lora_and_equal_tokens(folder):
     lora = verb(folder, folder / "lora", compare=["freeze-top"], lora_rank=4, gradient_accumulation=2, fixed=True)
     lora.gradient_checkpointing = True
     result = lora.run(Silent())
+    assert result["arms"][0]["history"][-1]["update_top"] == 0
+    assert result["arms"][0]["history"][-1]["update_bottom"] > 0
     assert result["arms"][-1]["report"]["updates"]["last_ratio"] > 0
     before, after = (load_model(folder / name).state_dict() for name in ("model", "lora"))
     assert before.keys() == after.keys()

@@ -119,7 +119,10 @@ class StabilityGapCallback(TrainerCallback):
 
 
 def _tokens_per_step(args: Any, loader: Any) -> int:
-    block_size = getattr(getattr(loader, "dataset", None), "block_size", None)
+    data = getattr(loader, "dataset", None)
+    while data is not None and not hasattr(data, "block_size"):
+        data = getattr(data, "dataset", None)  # what shares an iterable out among processes wraps it
+    block_size = getattr(data, "block_size", None)
     if block_size is None:
         raise UserError(
             "It is not known how many tokens a step has: give tokens_per_step, or train on a MixtureDataset."

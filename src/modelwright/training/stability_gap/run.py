@@ -55,6 +55,8 @@ class Continuation:
         budget_tokens: Tokens of the arms on the whole domain; the domain's own number by default.
         subset_tokens: Tokens of the subset, or
         subset_share: its share of the budget.
+        best_tokens: Tokens of the best documents that the domain's part is drawn from; the subset's by default. With
+            more than those, an epoch that is drawn anew shows other documents.
         epochs: Epochs over the subset.
         compare: Further arms of :data:`~modelwright.training.stability_gap.arms.ARMS` to train, for their curves.
         equal_tokens: Whether those train on as many tokens as the recipe.
@@ -81,6 +83,7 @@ class Continuation:
     budget_tokens: int | None = None
     subset_tokens: int | None = None
     subset_share: float = 0.1
+    best_tokens: int | None = None
     epochs: int = 4
     compare: Sequence[str] = ("plain",)
     equal_tokens: bool = False
@@ -251,8 +254,8 @@ def _train(
     )
     place = folder / arm
     place.mkdir(exist_ok=True, parents=True)
-    with frozen(network, frozen_part(arm), plan.frozen) as still:
-        trained = _with_adapters(network, work.lora_rank) if work.lora_rank else network
+    trained = _with_adapters(network, work.lora_rank) if work.lora_rank else network
+    with frozen(trained, frozen_part(arm), plan.frozen) as still:
         result = train(trained, stream, chosen, folder=place, progress=progress, callbacks=[callback])
     network = trained.merge_and_unload() if work.lora_rank else network
     return network, {
@@ -328,7 +331,7 @@ class _Data:
         stream = tokenize(clean(), self.tokenizer, self.folder / "0.bin", self.progress)
         counts |= {"documents": stream.documents, "dtype": str(stream.tokens.dtype)}
         tokens = {DOMAIN: len(stream.tokens)}
-        target = self._subset(tokens[DOMAIN])
+        target = max(self._subset(tokens[DOMAIN]), self.work.best_tokens or 0)
         chosen = self.folder / "subset.jsonl"
         chosen.unlink(missing_ok=True)
         rank = select_records(
@@ -378,7 +381,7 @@ class _Data:
         budget = self.work.budget_tokens or found[DOMAIN]
         plan = Plan(
             budget=budget,
-            subset=min(self._subset(found[DOMAIN]), found[BEST]) if not self.work.subset_tokens else found[BEST],
+            subset=min(self._subset(found[DOMAIN]), found[BEST]),
             epochs=self.work.epochs,
             general={g.name: g.rate for g in general},
             replay=self.work.replay,
