@@ -32,9 +32,8 @@ class Seen(MixtureDataset):
 
 
 def train(folder, processes, dispatch=None):
-    data = Seen(
-        {"a": TOKENS, "b": TOKENS[::-1].copy()}, {"a": 0.8, "b": 0.2}, tokens_per_epoch=8 * 24, block_size=8, resample=["a"]
-    )  # fmt: skip
+    sources = {"a": TOKENS, "b": TOKENS[::-1].copy()}
+    data = Seen(sources, {"a": 0.8, "b": 0.2}, tokens_per_epoch=8 * 24, block_size=8, resample=["a"])
     data.noted = []
     callback = StabilityGapCallback({"norm": norm}, every_tokens=64)
     # Plain gradient descent: Adam would make whole steps of gradients that are only rounding.
