@@ -8,6 +8,7 @@ for each entry. Values are float32 there, sums float64.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +77,7 @@ class Lookup:
 
     def __init__(self, model: NGramModel, engine: Engine = "auto") -> None:
         if engine == "auto":
-            engine = "compiled" if importlib.util.find_spec("numba") else "numpy"
+            engine = "compiled" if _kernel_loads() else "numpy"
         if engine == "compiled":
             require("numba", "speed", "the engine 'compiled'")
         self.engine, self.order = engine, model.order
@@ -173,6 +174,17 @@ class Lookup:
         entries = np.zeros(len(words), dtype=_WORD)
         entries["hash"], entries["id"] = word_hashes(*_joined(words)), np.arange(len(words))
         return _open_addressing(entries[END + 1 :], "hash", entries["hash"][END + 1 :])
+
+
+def _kernel_loads() -> bool:
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        importlib.import_module("modelwright.models.ngram_kernel")
+    except (ImportError, RuntimeError, OSError):
+        # numba does not fit this Python or numpy, or finds no folder for what it compiles.
+        return False
+    return True
 
 
 def _blocks(documents: list[bytes]) -> Iterator[list[bytes]]:

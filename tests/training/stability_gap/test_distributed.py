@@ -10,8 +10,11 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import Trainer, TrainingArguments
 
-from modelwright.models.tiny import tiny_model
+from modelwright.models.loading import save_model
+from modelwright.models.tiny import byte_tokenizer, tiny_model
+from modelwright.progress import Silent
 from modelwright.training.stability_gap import MixtureDataset, StabilityGapCallback
+from modelwright.verbs.train_continue import TrainContinue
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +58,29 @@ def train(folder, processes, dispatch=None):
     return {"history": callback.history, "weights": norm(trainer.model), "noted": data.noted}
 
 
+def command(folder, processes):
+    if processes == 2:  # the group is there before the verb begins, as torchrun's is not: it has met at the file
+        PartialState(cpu=True)
+    verb = TrainContinue(
+        model=str(folder / "model"),
+        domain=[str(folder / "domain.jsonl")],
+        reference=[str(folder / "domain.jsonl")],
+        heldout={"held": str(folder / "held.jsonl")},
+        output=folder / f"out-{processes}",
+        options={"min_tokens": 3},
+        subset_share=0.25,
+        epochs=2,
+        batch_size=8 // processes,
+        block_size=32,
+        gradient_accumulation=1,
+        learning_rate=1e-3,
+        every_tokens=1024,
+        device="cpu",
+    )
+    result = verb.run(Silent())
+    return {"history": [a["history"] for a in result["arms"]]}
+
+
 def member(folder, rank, dispatch):
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
     # Address and port are asked for, and not used.
@@ -63,7 +89,8 @@ def member(folder, rank, dispatch):
         state._reset_state()
     try:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-        (folder / f"{rank}.json").write_text(json.dumps(train(folder, 2, dispatch)))
+        found = command(folder, 2) if dispatch == "command" else train(folder, 2, dispatch)
+        (folder / f"{rank}.json").write_text(json.dumps(found))
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
         raise
@@ -71,8 +98,7 @@ def member(folder, rank, dispatch):
         os._exit(0)
 
 
-@pytest.mark.parametrize("dispatch", [True, False])
-def test_two_processes_are_one(tmp_path, dispatch):
+def spawn(tmp_path, dispatch):
     context = multiprocessing.get_context("fork")
     members = [context.Process(target=member, args=(tmp_path, rank, dispatch)) for rank in range(2)]
     for one in members:
@@ -81,6 +107,11 @@ def test_two_processes_are_one(tmp_path, dispatch):
         one.join(300)
     errors = "".join(p.read_text() for p in tmp_path.glob("*.error"))
     assert not errors
+
+
+@pytest.mark.parametrize("dispatch", [True, False])
+def test_two_processes_are_one(tmp_path, dispatch):
+    spawn(tmp_path, dispatch)
     alone = train(tmp_path, 1)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -89,3 +120,20 @@ def test_two_processes_are_one(tmp_path, dispatch):
         assert found["weights"] == pytest.approx(alone["weights"], rel=1e-6)
     first = json.loads((tmp_path / "0.json").read_text())["noted"]
     assert first[: len(alone["noted"])] == alone["noted"]
+
+
+def test_the_command_is_the_same_on_two_processes(tmp_path):
+    save_model(tiny_model("llama"), byte_tokenizer(), tmp_path / "model")
+    rows = [f"the heart of patient {i} pumps blood and lungs take in air" for i in range(60)]
+    (tmp_path / "domain.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": "the lungs of a dog"}) + "\n")
+    spawn(tmp_path, "command")
+    alone = command(tmp_path, 1)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for mine, other in zip(found["history"], alone["history"], strict=True):
+            assert [r["tokens"] for r in mine] == [r["tokens"] for r in other]
+            assert [r["held"] for r in mine] == pytest.approx([r["held"] for r in other], rel=1e-3)
+    assert (tmp_path / "out-2" / "report.html").is_file()
+    assert (tmp_path / "out-2" / "model.safetensors").is_file()
+    assert not (tmp_path / "out-2.training").exists()

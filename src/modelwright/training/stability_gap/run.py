@@ -207,6 +207,7 @@ def continue_to_folder(
             **describe(network),
             "settings": {"model": work.model, "seed": options.seed, "batch_size": options.batch_size},
         }
+        _wait_for_leader()  # until all have read what the folder holds
         if leader:
             with atomic_path(output, force) as partial:
                 write_model(network.to(dtype), words, partial)
@@ -345,7 +346,7 @@ class _Data:
             drop_contaminated=True,
             progress=self.progress,
         )
-        best = tokenize(read_texts([chosen], self.work.text_field), self.tokenizer, self.folder / "1.bin")
+        best = tokenize(Records(chosen, self.work.text_field).texts(), self.tokenizer, self.folder / "1.bin")
         tokens[BEST] = len(best.tokens)
         if rank["tokens"] < 0.9 * target:
             message = (
