@@ -32,7 +32,10 @@ class ProbeMemorization:
         None
     )
     limit: Annotated[int | None, Arg("Most sequences, drawn at random; by default all.")] = None
-    sample: Annotated[float, Arg("Share of the sequences in the random sample (the paper: 0.03).")] = 1.0
+    sample: Annotated[
+        float | None,
+        Arg("Share of the sequences in the random sample (the paper: 0.03); by default all, up to 20,000."),
+    ] = None
     duplicate_threshold: Annotated[int, Arg("Copies in the corpus from which on a sequence is recited.")] = 6
     embedder: Annotated[
         str, Arg("For semantic matches: ngrams, model (the first audited one), or a sentence-transformers model.")
@@ -153,7 +156,7 @@ class ProbeMemorization:
             def load(name: str = name) -> Any:
                 return load_model(name, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
 
-            subject = Subject(name, load)
+            subject = Subject(name, load, _version(name))
             try:
                 found[name] = audit.extract(subject, batch_size=self.batch_size)
             except torch.OutOfMemoryError as error:
@@ -195,7 +198,7 @@ class ProbeMemorization:
         shown = []
         for category in CATEGORIES:
             rows = table[table["memorized"] & (table["category"] == category)]
-            # What is rarest first, and each text once.
+            # Of recitation what is copied most, of the others what is rarest and least expected; each text once.
             order = [category != "recitation", False]
             rows = rows.sort_values(["sequence_duplicates", "continuation_perplexity"], ascending=order)
             rows = rows.head(50 * self.examples)
@@ -231,3 +234,10 @@ class ProbeMemorization:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in kept}
         counted = {"documents": len(audit.corpus.boundaries) - 1, "tokens": len(audit.corpus.tokens)}
         return values | counted | {"software": provenance.versions()}
+
+
+def _version(model: str) -> str:
+    """Returns what changes when a folder's weights do: names, sizes and times; nothing for a hub id."""
+    folder = Path(model).expanduser()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]) if folder.is_dir() else []
+    return "/".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)

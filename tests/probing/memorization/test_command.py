@@ -134,6 +134,35 @@ def test_a_killed_audit_goes_on_and_ends_the_same(made, done, tmp_path, monkeypa
     pd.testing.assert_frame_equal(pd.read_parquet(output / "sequences.parquet"), whole, rtol=1e-4)
 
 
+def test_other_weights_in_the_same_folder_are_read_anew(made, tmp_path, monkeypatch):
+    reads, original = [], audit.Audit._read_block
+
+    def counted(self, *arguments):
+        reads.append(1)
+        return original(self, *arguments)
+
+    def stopped(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(audit.Audit, "_read_block", counted)
+    monkeypatch.setattr(audit.Audit, "features", stopped)
+    tokenizer = byte_tokenizer()
+    for seed, expected in ((0, 1), (0, 1), (1, 2)):
+        if expected > len(reads):
+            save_model(tiny_model("llama", seed=seed), tokenizer, tmp_path / "model", force=True)
+        with pytest.raises(KeyboardInterrupt):
+            command(made, tmp_path / "out", model=[str(tmp_path / "model")]).run(Silent())
+        assert len(reads) == expected
+
+
+def test_the_default_sample_is_bounded(monkeypatch, tmp_path):
+    monkeypatch.setattr(audit, "SAMPLE", 20)
+    options = audit.AuditOptions(prompt_len=4, cont_len=4)
+    found = audit.Audit(documents(), byte_tokenizer(), tmp_path / "work", options)
+    assert 8 < found.in_sample.sum() < 35
+    assert len(found.places.start) == 73
+
+
 def test_a_sample_keeps_all_memorised_sequences(made, tmp_path):
     command(made, tmp_path / "out", sample=0.5, seed=3).run(Silent())
     table = pd.read_parquet(tmp_path / "out" / "sequences.parquet")

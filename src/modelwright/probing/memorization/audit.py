@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _BLOCK = 4096
 #: Sequences that are decoded with ``generate`` as well, to see that both tests agree.
 CROSS_CHECKED = 200
+#: Sequences in the random sample, unless a share is asked for: every sequence is compared with all of them.
+SAMPLE = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,12 @@ class AuditOptions:
     """What is audited.
 
     Attributes:
-        prompt_len: Tokens of the prompt. cont_len: Tokens of the continuation. every: None takes the beginning of
-        each document; a number takes a sequence every so many tokens of it. limit: Most sequences, drawn at random;
-        None takes all. sample: Share of the sequences that is the random sample R (the paper: 0.03). Features are
-        computed for it and for
-            every memorised sequence.
+        prompt_len: Tokens of the prompt.
+        cont_len: Tokens of the continuation.
+        every: None takes the beginning of each document; a number takes a sequence every so many tokens of it.
+        limit: Most sequences, drawn at random; None takes all.
+        sample: Share of the sequences that is the random sample R (the paper: 0.03); None takes all, up to
+            :data:`SAMPLE`. Features are computed for it and for every memorised sequence.
         duplicate_threshold: Fewest duplicates of recitation.
         legacy: Templates and perplexities as the official code has them.
         seed: Of the draws.
@@ -55,7 +58,7 @@ class AuditOptions:
     cont_len: int = 32
     every: int | None = None
     limit: int | None = None
-    sample: float = 1.0
+    sample: float | None = None
     duplicate_threshold: int = DUPLICATE_THRESHOLD
     legacy: bool = False
     seed: int = 0
@@ -68,7 +71,7 @@ class AuditOptions:
         """
         if min(self.prompt_len, self.cont_len) < 1:
             raise UserError("The prompt and the continuation need at least 1 token each.")
-        if not 0 < self.sample <= 1:
+        if self.sample is not None and not 0 < self.sample <= 1:
             raise UserError(f"The sample is {self.sample}: give a share above 0 and at most 1.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"The limit is {self.limit}: give at least 1 sequence.")
@@ -81,10 +84,22 @@ class AuditOptions:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under study. ``load`` is called once, when its turn comes, and what it gives is let go afterwards."""
+    """A model under study.
+
+    Attributes:
+        name: What it is called.
+        load: Called at most once, when its turn comes; what it gives is let go afterwards.
+        version: Tells its weights from others of that name, so that kept scores are not those of other weights.
+    """
 
     name: str
     load: Callable[[], PreTrainedModel]
+    version: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name of the folder of its scores."""
+        return hashlib.sha256(f"{self.name}\0{self.version}".encode()).hexdigest()[:16]
 
 
 class Audit:
@@ -136,7 +151,8 @@ class Audit:
         if options.limit is not None and options.limit < count:
             chosen = np.sort(generator.choice(count, options.limit, replace=False))
         self.places = type(places)(*(values[chosen] for values in places))
-        self.in_sample = generator.random(len(chosen)) < options.sample
+        share = min(1.0, SAMPLE / len(chosen)) if options.sample is None else options.sample
+        self.in_sample = generator.random(len(chosen)) < share
         if not self.in_sample.any():
             self.in_sample[generator.integers(len(chosen))] = True
 
@@ -151,7 +167,7 @@ class Audit:
             UserError: The model's vocabulary or context is too small.
         """
         total = len(self.places.start)
-        folder = self.folder / "scores" / hashlib.sha256(subject.name.encode()).hexdigest()[:16]
+        folder = self.folder / "scores" / subject.key
         folder.mkdir(parents=True, exist_ok=True)
         starts = range(0, total, _BLOCK)
         files = [folder / f"{start // _BLOCK:06d}.npz" for start in starts]
@@ -170,8 +186,7 @@ class Audit:
 
     def cross_check(self, subject: Subject) -> dict[str, int]:
         """Returns on how many sequences teacher forcing and ``generate`` were compared, and on how many they differ."""
-        name = hashlib.sha256(subject.name.encode()).hexdigest()[:16]
-        return read_json(self.folder / "scores" / name / "checked.json")
+        return read_json(self.folder / "scores" / subject.key / "checked.json")
 
     def _read_block(self, model: PreTrainedModel, starts: np.ndarray, file: Path, batch_size: int) -> None:
         options = self.options

@@ -221,6 +221,7 @@ class TaxonomicMemorizationModel(ClassifierMixin, BaseEstimator):
         twice the gain in log-likelihood is compared with chi-squared, with as many degrees of freedom as there are
         coefficients more. The rows of the categories split that gain; they take the generic model as given, so their
         degrees of freedom are all coefficients of the category, which errs on the side of caution.
+        Where features part the classes without a rest, likelihood has no maximum and the test no meaning.
 
         Args:
             table: The rows that were fitted.
