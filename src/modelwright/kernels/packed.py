@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -98,6 +99,7 @@ class Packed:
         return quantise(numbers, bits, self.group_size, self.along, self.scale.dtype)
 
 
+@torch.no_grad()
 def quantise(
     x: Tensor, bits: int, group_size: int, along: Literal["tokens", "channels"], metadata: torch.dtype = torch.float16
 ) -> Packed:
@@ -169,7 +171,10 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """Returns the codes (…, length, size) uint8 of :func:`pack`."""
     if bits == 8:
         return packed
-    each = 8 // bits
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(each, 1, 1)
-    runs = (packed.unsqueeze(-3) >> shifts).bitwise_and_(2**bits - 1)
-    return runs.view(*packed.shape[:-2], each * packed.shape[-2], packed.shape[-1])
+    runs = (packed.unsqueeze(-3) >> _shifts(bits, packed.device)).bitwise_and_(2**bits - 1)
+    return runs.view(*packed.shape[:-2], 8 // bits * packed.shape[-2], packed.shape[-1])
+
+
+@functools.cache
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1, 1)

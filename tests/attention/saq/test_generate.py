@@ -119,6 +119,20 @@ def test_a_prompt_in_pieces():
     torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-4)
 
 
+def test_inference_mode_and_gradients_on():
+    """Neither is what generate uses; both give what it gives, and no graph is kept."""
+    model, ids = tiny_model("llama"), prompt()
+    expected = logits(model, ids, cache_for(model))
+    for context in (torch.inference_mode, torch.enable_grad):
+        cache = cache_for(model)
+        with context():
+            model(ids[:, :60], past_key_values=cache)
+            found = model(ids[:, 60:61], past_key_values=cache).logits
+        torch.testing.assert_close(found[:, 0], expected[:, 60], rtol=1e-4, atol=1e-5)
+        keys, values = cache.layers[0].segments[0]
+        assert not any(t.requires_grad for t in (keys.scale, values.minimum))
+
+
 def test_beams():
     model = tiny_model("llama")
     inputs = {"inputs": prompt(), "max_new_tokens": 24, "num_beams": 3, **GREEDY}

@@ -96,7 +96,7 @@ def attend(
     if query.shape[2] * query.shape[1] // key.shape[1] > FEW:
         return None
     kernels: Any = triton_or_none("packed_attention_triton") if query.device.type == "cuda" else None
-    if kernels is not None and kernels.can_attend(query, key.held, value.held):
+    if kernels is not None and kernels.can_attend(query, key.held, value.held, mask):
         found: Tensor = kernels.packed_attention(query, key.held, value.held, scaling=scaling, mask=mask)
         return found
     return packed_attention(query, key.held, value.held, scaling=scaling, mask=mask)
