@@ -40,8 +40,9 @@ def speeds(
         decode_batch: Sequences at once in decoding, if other than ``batch``.
 
     Returns:
-        For each model ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (with the cache), and, where the
-        device counts it, ``peak_bytes`` of a prefill beyond what lay there before.
+        For each model ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (with the cache), ``prefill_times``
+        and ``decode_times`` (its speed divided by the first model's, the median over turns), and, where the device
+        counts it, ``peak_bytes`` of a prefill beyond what lay there before.
     """
     first = next(iter(models.values()))
     room = min(n for m in models.values() if (n := context_length(m) or 1 << 30))
@@ -67,6 +68,9 @@ def speeds(
     for name, own in taken.items():
         found[name]["prefill_tokens_per_second"] = ids.numel() / statistics.median(own["prefill"])
         found[name]["decode_tokens_per_second"] = few.shape[0] * new_tokens / statistics.median(own["decode"])
+        for kind, seconds in own.items():
+            pairs = zip(next(iter(taken.values()))[kind], seconds, strict=True)
+            found[name][f"{kind}_times"] = statistics.median(a / b for a, b in pairs)
     return found
 
 
@@ -140,9 +144,6 @@ class Comparison:
             **self._quality(model),
             **timed[name],
         }
-        for kind in ("prefill", "decode"):
-            key = f"{kind}_tokens_per_second"
-            row[f"{kind}_times"] = timed[name][key] / timed["dense"][key]
         self.rows.append(row)
         return row
 

@@ -52,7 +52,7 @@ def _tiles(dense: Mapping[str, Any], row: Mapping[str, Any]) -> list[tuple[str, 
     tiles = [(_big(row["parameters"]), f"parameters in all, of {_big(dense['parameters'])}")]
     if row["perplexity"] and dense["perplexity"]:
         tiles.append((f"{dense['perplexity']:.2f} → {row['perplexity']:.2f}", "perplexity"))
-    if "prefill_times" in row:
+    if row is not dense and "prefill_times" in row:
         tiles.append((f"{row['prefill_times']:.2f} ×", "the dense model's speed when reading"))
         tiles.append((f"{row['decode_times']:.2f} ×", "its speed when writing"))
     return tiles
@@ -75,7 +75,7 @@ def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line("share of the blocks' parameters", "ratio", lambda v: f"{v:.2%}"),
         line("blocks' parameters", "block_parameters", lambda v: f"{v:,}"),
         line("parameters in all", "parameters", lambda v: f"{v:,}"),
-        line("weights, MiB", "weight_bytes", lambda v: f"{v / 2**20:,.1f}"),
+        line("weights, MiB", "weight_bytes", lambda v: f"{v / 2**20:,.4g}"),
         line("perplexity, a token", "perplexity", lambda v: f"{v:.3f}"),
         line("bits per byte", "bits_per_byte", lambda v: f"{v:.4f}"),
         line("reading, tokens/s", "prefill_tokens_per_second", lambda v: f"{v:,.0f}"),
