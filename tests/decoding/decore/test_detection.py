@@ -233,3 +233,13 @@ def test_the_command(tmp_path, folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "layer   0, head" in done.stdout + done.stderr
+
+
+def test_a_model_that_was_trained_with_another_attention_is_refused():
+    from modelwright.attention.rope_alibi import RopeAlibiConfig
+    from modelwright.decoding.decore.detection import eager
+
+    model = tiny_model("llama")
+    RopeAlibiConfig().install(model)  # its weights are not those of the eager attention
+    with pytest.raises(UserError, match="changed this model's attention"), eager(model):
+        pass

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from modelwright.attention.implementation import is_changed
 from modelwright.decoding.contrast import as_float
 from modelwright.decoding.decore.heads import HeadScores
 from modelwright.decoding.loop import Prompt, Stream
@@ -368,7 +369,7 @@ def eager(model: PreTrainedModel) -> Iterator[None]:
         UserError: It has none, or another method has replaced its attention.
     """
     own = str(getattr(model.get_decoder().config, "_attn_implementation", None) or "eager")
-    if own.startswith("modelwright"):
+    if is_changed(model):
         raise UserError("Another method has changed this model's attention: leave its context to score heads.")
     if own != "eager":
         try:
