@@ -14,6 +14,7 @@ from modelwright.decoding.decore.detection import Sample, copy_scores, eager, st
 from modelwright.errors import UserError
 from modelwright.models.heads import fingerprint
 from modelwright.models.loading import save_model
+from modelwright.models.tiny import tiny_model
 from modelwright.progress import Silent
 from modelwright.verbs.heads_detect import HeadsDetect
 
@@ -237,7 +238,6 @@ def test_the_command(tmp_path, folder):
 
 def test_a_model_that_was_trained_with_another_attention_is_refused():
     from modelwright.attention.rope_alibi import RopeAlibiConfig
-    from modelwright.decoding.decore.detection import eager
 
     model = tiny_model("llama")
     RopeAlibiConfig().install(model)  # its weights are not those of the eager attention

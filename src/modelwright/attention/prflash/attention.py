@@ -128,8 +128,8 @@ def prob_flash_attention(
     """
     if mask is not None and not Places.are(mask):
         raise UserError(
-            "PrFlash counts blocks along one sequence: it takes no mask of four dimensions, no packed sequences, and no "
-            "model that torch.compile compiles as a whole (where the two cannot be told apart: leave --compile out)."
+            "PrFlash counts blocks along one sequence: it takes no mask of four dimensions, no packed sequences, and "
+            "no model that torch.compile compiles as a whole (where the two cannot be told apart: leave --compile out)."
         )
     if more.get("output_attentions"):
         raise UserError("PrFlash never has all attention weights: leave output_attentions out.")
