@@ -8,6 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from modelwright.errors import UserError
 from modelwright.models.tiny import FAMILIES, tiny_model
@@ -206,6 +214,49 @@ def test_every_family_masks_its_blocks_and_nothing_else(family):
         assert torch.equal(grad[rows[layer]], whole[rows[layer]])
         assert not grad[~rows[layer]].any()
         assert 0 < int(rows[layer].sum()) < len(rows[layer])
+
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(
+                    vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+                )
+            ),
+            2 * (4 + 2) + 2 * (8 + 2),  # the decoder's cross-attention too
+        ),
+        (lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, max_position_embeddings=32)), 2 * 6),
+        (lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)), 2 * 4),  # fused experts are no layers
+    ],
+    ids=["t5", "roberta", "mixtral"],
+)
+def test_models_of_other_kinds(make, expected):
+    torch.manual_seed(0)
+    model = make().train()
+    ids = torch.randint(3, 64, (2, 9))
+    with MIGUMask(model) as mask:
+        model(input_ids=ids, labels=ids).loss.backward()
+        mask.apply()
+        stats = mask.stats()
+    assert len(stats) == expected
+    for name, layer in stats.items():
+        assert not model.get_submodule(name).weight.grad[~layer.rows].any()
+        assert 0.25 < layer.kept < 0.4
+
+
+def test_sixteen_bit_models_are_masked_by_sums_in_more():
+    model = tiny_model("llama").bfloat16().train()
+    with MIGUMask(model) as mask:
+        rows_of(model, mask, batch())
+        assert {layer.magnitude.dtype for layer in mask.stats().values()} == {torch.float32}
 
 
 def test_the_head_is_masked_only_where_it_is_named():

@@ -44,6 +44,8 @@ class _Layer:
         total: (d_out,) sum of magnitudes since the last reset; None before any.
         rows: Mask of the last step.
         scores: What it was made from.
+        still: Numbers of the rows that are put back after the step.
+        frozen: Those rows.
     """
 
     def __init__(self, name: str, holder: nn.Module) -> None:
@@ -52,6 +54,7 @@ class _Layer:
         self.total: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
+        self.still: torch.Tensor | None = None
         self.frozen: torch.Tensor | None = None
 
     @property
@@ -272,10 +275,14 @@ class MIGUMask:
             )
         layer.scores = self._scores(layer, total, grad)
         layer.rows = kept_rows(layer.scores, self.config.threshold)
-        rows = layer.rows.to(grad.device)
-        layer.by_output(grad).masked_fill_(~rows[:, None], 0)
+        still = ~layer.rows.to(grad.device)
+        if grad.device.type == "cpu":
+            layer.by_output(grad).index_fill_(0, still.nonzero().squeeze(1), 0)
+        else:  # which rows these are need not be known here, and asking would wait for the device
+            layer.by_output(grad).masked_fill_(still[:, None], 0)
         if self.config.mode == "param":
-            layer.frozen = layer.by_output(layer.weight)[~rows].clone()
+            layer.still = still.nonzero().squeeze(1)
+            layer.frozen = layer.by_output(layer.weight).index_select(0, layer.still)
 
     def _scores(self, layer: _Layer, total: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         if self.config.select == "magnitude":
@@ -292,10 +299,9 @@ class MIGUMask:
     def after_step(self) -> None:
         """Puts frozen rows back, bit for bit, where ``mode`` is ``param``; call it after the optimizer's step."""
         for layer in self._layers:
-            if layer.frozen is not None and layer.rows is not None:
-                rows = layer.rows.to(layer.weight.device)
-                layer.by_output(layer.weight)[~rows] = layer.frozen
-                layer.frozen = None
+            if layer.frozen is not None and layer.still is not None:
+                layer.by_output(layer.weight).index_copy_(0, layer.still, layer.frozen)
+                layer.frozen = layer.still = None
         self._pending = False
 
     def _over_processes(self, layers: list[_Layer]) -> list[torch.Tensor | None]:

@@ -12,7 +12,7 @@ from modelwright.training.migu.mask import MIGUMask
 
 
 class MIGUTrainerMixin(GradientMaskMixin):
-    """MIGU for any subclass of ``Trainer``: ``class MySFT(MIGUTrainerMixin, SFTTrainer)``.
+    """MIGU for any subclass of ``Trainer``: ``class Mine(MIGUTrainerMixin, OtherTrainer)``.
 
     Gradients are masked when those of all micro-batches and processes are in, before the Trainer clips them.
 
