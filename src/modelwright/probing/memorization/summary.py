@@ -100,7 +100,7 @@ def summarise(
         "factors": _factors(table),
         "dependence": tests.to_dict("records"),
         "sign_flips": sign_flips(tests).to_dict("records"),
-        "divergence": divergence_by_duplicates(sample, bootstrap=100, seed=seed).to_dict("records"),
+        "divergence": divergence_by_duplicates(table, bootstrap=100, seed=seed).to_dict("records"),
         "prediction": None,
         "prediction_refused": None,
     }
