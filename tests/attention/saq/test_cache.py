@@ -10,6 +10,7 @@ from modelwright.attention.saq import KiviCache, StaircaseQuantizedCache, memory
 from modelwright.attention.saq.layer import StaircaseLayer
 from modelwright.attention.saq.stored import StoredStates
 from modelwright.errors import UserError
+from modelwright.kernels.packed import quantise
 from modelwright.models.tiny import FAMILIES, tiny_config
 
 LEVELS = (16, 8, 4, 2)
@@ -94,6 +95,21 @@ def test_old_segments_are_not_written_again():
     young = list(layer.young)
     layer.update(*states(5, seed=2))
     assert all(a is b for a, b in zip(layer.young, young, strict=True))
+
+
+def test_a_segment_goes_down_one_level_at_a_time():
+    """From what it had become, through the level between.
+
+    (From the original at once it would be nearly the same: 255, 15 and 3 steps are grids within each other.)
+    """
+    both = states(16 * 3)
+    layer = filled(16 * 3)
+    for x, pair, along in zip(both, zip(*layer.segments, strict=True), ("tokens", "channels"), strict=True):
+        segments = [x[:, :, i * 16 : i * 16 + 16].unsqueeze(2) for i in range(3)]
+        first, second, third = (quantise(segment, 8, 8, along) for segment in segments)
+        for found, expected in zip(pair, (first.at(4).at(2), second.at(4), third), strict=True):
+            for name in ("codes", "scale", "minimum"):
+                assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_a_call_sees_its_own_tokens_and_the_rest_as_they_came():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional
+from transformers import cache_utils
 
 from modelwright.attention.saq import StaircaseQuantizedCache
 from modelwright.attention.saq import stored as stored_module
@@ -55,10 +56,11 @@ def test_generation_in_every_family(family):
     assert cache.segment_bits() == [2, 2, 2, 2, 4, 8]
 
 
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", [*FULL, "llama, one key head"])
 def test_every_attention_implementation_reads_the_same(family, monkeypatch):
     """Packed (by sdpa, by name) or dequantised (eager): the same logits; and packed ones are not dequantised whole."""
-    model = tiny_model(family)
+    shared = {"num_key_value_heads": 1} if "," in family else {}
+    model = tiny_model(family.partition(",")[0], **shared)
     ids = prompt()
     mask = torch.ones_like(ids)
     mask[0, :23] = 0
@@ -237,6 +239,23 @@ def test_generate_with_a_named_cache(tmp_path):
         with pytest.raises(UserError, match=message):
             generate(name, force=True)
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_transformers_own_quantized_cache():
+    model, part = tiny_model("llama"), read_cache("quantized: {backend: fp8}")
+    if hasattr(cache_utils, "Fp8QuantizedLayer"):
+        given = part.options.for_generate(model)
+        assert model.generate(prompt(), max_new_tokens=5, **GREEDY, **given).shape == (2, 75)
+    else:
+        with pytest.raises(UserError, match="backend 'fp8'"):
+            part.options.for_generate(model)
+
+
+def test_multi_draft_says_that_it_wants_another_cache():
+    model, parts = tiny_model("llama"), read_parts(["multi-draft: {prompt_lookup: true}"])
+    parts = replace(parts, cache=read_cache("saq: {segment_length: 16, group_size: 8}"))
+    with parts.on(model, byte_tokenizer()) as applied, pytest.raises(UserError, match="needs a dynamic cache"):
+        applied.generate(inputs=prompt(1), max_new_tokens=5, **GREEDY)
 
 
 def test_a_run_with_another_cache_is_another_run():
