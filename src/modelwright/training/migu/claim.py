@@ -245,7 +245,7 @@ CLAIM = Claim(
     ),
     paper=(
         "T5-large, mean accuracy after 4 / 15 tasks: MIGU 78.8 / 73.8, fine-tuning 75.7 / 68.3; rows chosen by "
-        "gradient 78.4 / 72.3, by weight 77.2 / 71.3 (arXiv 2406.17245, tables 2 and 4)."
+        "gradient 78.4 / 72.3, by weight 77.2 / 71.3 (arXiv 2406.17245)."
     ),
     metrics={
         "accuracy": Metric(name="ACC", better="higher"),
