@@ -131,10 +131,26 @@ class Bare(nn.Module):
         return self.inner(**keys)
 
 
+class Foreign(Bare):
+    """A model of someone else's code, whose forward does more than its body and head do."""
+
+    base_model_prefix = "inner_body"
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.inner_body = inner.base_model
+
+    def forward(self, **keys):
+        found = self.inner(**keys)
+        found.logits = found.logits * 2
+        return found
+
+
 class Nameless(Bare):
     """A body that returns a bare tuple, as some models with code of their own have."""
 
     base_model_prefix = "body"
+    __module__ = "transformers.nameless"
 
     def __init__(self, inner):
         super().__init__(inner)
@@ -158,6 +174,9 @@ def test_models_without_a_usable_body_run_whole():
     bare = ChunkedModel(Bare(model))
     assert bare.body is None
     torch.testing.assert_close(bare.losses(ids, *at), expected)
+    foreign = Foreign(model)
+    assert ChunkedModel(foreign).body is None
+    torch.testing.assert_close(ChunkedModel(foreign).losses(ids, *at)[0].double(), reference(foreign, ids, at)[0])
     nameless = ChunkedModel(Nameless(model))
     assert nameless.body is not None
     torch.testing.assert_close(nameless.losses(ids, *at), expected)

@@ -68,8 +68,9 @@ class ChunkedModel:
 
     The body runs once; then the model's own ``forward`` runs on parts of the hidden states, with its body replaced by
     one that returns them. So whatever a family does around its head (softcapping in Gemma 2, scaling in Cohere and
-    Granite, casts) is done by its own code, and no list of families is needed. A model that has no separate body is run
-    as a whole. Adapters and data-parallel wrappers are seen through; sharded models are refused.
+    Granite, casts) is done by its own code, and no list of families is needed. A model that has no separate body, or
+    is of another package's code, is run as a whole. Adapters and data-parallel wrappers are seen through; sharded
+    models are refused.
 
     Args:
         model: A causal language model, in evaluation mode.
@@ -82,13 +83,18 @@ class ChunkedModel:
         _refuse_sharded(model)
         self.model = unwrap(model)
         body = getattr(self.model, getattr(self.model, "base_model_prefix", "") or "-", None)
-        self.body = body if isinstance(body, nn.Module) else None
+        # A forward of foreign code might do more than call its body and its head, and nobody would notice.
+        known = type(self.model).__module__.split(".")[0] in ("transformers", "modelwright")
+        self.body = body if known and isinstance(body, nn.Module) else None
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
         head = self.model.get_output_embeddings()
-        weight = getattr(getattr(head, "base_layer", head), "weight", None)
+        head = getattr(head, "base_layer", head)
+        if (width := getattr(head, "out_features", None)) is not None:  # a quantized weight has another shape
+            return int(width)
+        weight = getattr(head, "weight", None)
         return int(weight.shape[0] if weight is not None else self.model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
