@@ -22,6 +22,13 @@ _EXTRAS = {
     "scikit-learn": "curation",
     "sentence-transformers": "curation",
     "datatrove": "datatrove",
+    "gensim": "word2vec",
+    "kenlm": "kenlm",
+    "lm-eval": "lm-eval",
+    "numba": "speed",
+    "peft": "training",
+    "rapidfuzz": "probing",
+    "scipy": "decoding",
 }
 
 

@@ -17,7 +17,7 @@ from modelwright.editing.editor import Editor, check_layer
 from modelwright.editing.examples import make_examples, target_loss, trainable_only
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest, check_requests
-from modelwright.errors import UserError
+from modelwright.errors import UserError, require
 from modelwright.models.roles import Projection, roles, unwrap
 from modelwright.options import Arg
 from modelwright.progress import Progress, Silent
@@ -76,6 +76,7 @@ class _Adapter(Editor):
 
         ``details`` has each pass's mean loss.
         """
+        require("peft", "training", "editing by adapters")
         from peft import get_peft_model
 
         check_requests(requests)

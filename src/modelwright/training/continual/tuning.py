@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelwright.errors import UserError
+from modelwright.errors import UserError, require
 from modelwright.models.tiny import seeded
 from modelwright.training.continual.options import ContinualOptions
 
@@ -32,6 +32,7 @@ class Adaptation:
         """Returns the model to train on a task: ``model`` itself, or peft's wrapper of it."""
         if self.options.tuning == "full" or (self.options.tuning == "lora" and _adapted(model)):
             return model
+        require("peft", "training", "adapters")
         from peft import LoraConfig, TaskType, get_peft_model
 
         config = LoraConfig(

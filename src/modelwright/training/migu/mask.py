@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -136,14 +137,13 @@ class MIGUMask:
     # Which layers.
 
     def _attach(self, model: nn.Module) -> None:
-        from peft.tuners.lora import LoraLayer
-
+        lora = sys.modules.get("peft.tuners.lora")  # not loaded: then nothing here is an adapter
         shared = {
             id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
         }  # a tied head's weight is the embedding's
         inside: list[str] = []
         for name, module in model.named_modules():
-            if isinstance(module, LoraLayer):
+            if lora is not None and isinstance(module, lora.LoraLayer):
                 inside += [f"{name}.{part}." for part in ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")]
                 if self.config.matches(name):
                     self._attach_lora(name, module)
