@@ -37,6 +37,10 @@ def test_with_padding():
     assert places.key.tolist() == [[-1, -1, 0, 1], [0, 1, 2, -1], [0, -1, 2, 3]]
     assert not places.plain
     assert places.distance(3, 4).tolist() == [[[-1, -1, 1, 0]], [[3, 2, 1, -1]], [[3, -1, 1, 0]]]
+    # One sequence: padding at the end changes nothing for what stands before it, padding in between does.
+    assert made(4, 4, real=[[1, 1, 1, 0]])[1].plain
+    for real in ([0, 1, 1, 1], [1, 0, 1, 1]):
+        assert not made(4, 4, real=[real])[1].plain
     # A mask that is shorter than the keys, as with a static cache, and one whose first keys are gone.
     _, places = made(1, 4, offset=1, real=[[0, 1]])
     assert places.distance(0, 1).tolist() == [[[-1, 0, -1, -1]]]

@@ -77,5 +77,8 @@ class Places:
 
     @property
     def plain(self) -> bool:
-        """Whether one sequence's places serve the whole batch, so that nothing is padding."""
-        return self.query.shape[0] == 1 and bool((self.key[:, 0] == 0).all())
+        """Whether one sequence's places serve the whole batch, and no padding stands before a real key."""
+        if self.query.shape[0] > 1:
+            return False
+        real = self.key >= 0
+        return bool(real[:, 0].all()) and not bool((real[:, 1:] & ~real[:, :-1]).any())

@@ -125,6 +125,37 @@ def test_generation_is_greedy_on_whole_passes_in_a_padded_batch(config, cache):
     assert torch.equal(found, ids)
 
 
+@pytest.mark.parametrize("config", [SOME, DRAWS], ids=["some blocks", "all blocks"])
+def test_padding_in_between_is_hidden_in_a_batch_of_one_too(config):
+    """``generate`` puts its tokens behind a prompt that was padded on the right."""
+    model = sharp()
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, 20:25] = 0
+    with config.apply(model), torch.no_grad():
+        expected = model(IDS, attention_mask=mask).logits[:1, 25:]
+        found = model(IDS[:1], attention_mask=mask[:1]).logits[:, 25:]
+        other = IDS[:1].clone()
+        other[0, 20:25] = 7
+        changed = model(other, attention_mask=mask[:1]).logits[:, 25:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(changed, found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "compiled"), [(8, False), (16, True)])
+def test_heads_too_small_for_the_compiled_kernel_go_to_the_blocks(size, compiled, monkeypatch):
+    from modelwright.attention.prflash import attention, kernel
+
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(kernel, "flex_blocks", lambda query, *_, **__: calls.append("kernel") or query)
+    monkeypatch.setattr(attention, "block_attention", lambda query, *_, **__: calls.append("blocks") or query)
+    query = torch.zeros(1, 4, 256, size)
+    config = ProbFlashConfig(keep=(0,))
+    attention.prob_flash_attention(config, model := sharp(), query, query, query, None, scaling=1.0)
+    assert not model.training
+    assert calls == ["kernel" if compiled else "blocks"]
+
+
 def test_a_decoding_step_reads_the_kept_blocks_of_the_cache_only():
     model = sharp()
     with SOME.apply(model), torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
+from modelwright.attention.flex import usable
 from modelwright.attention.implementation import AttentionConfig, register
 from modelwright.attention.places import Places
 from modelwright.attention.prflash.blocks import block_attention
@@ -212,7 +213,7 @@ def _attend(
     kept = settings.kept(numbers, columns, query.shape[1], training, seed)
     assert kept is not None
     correction = settings.bias(columns) if settings.correction and training else None
-    if query.is_cuda and first == 0 and rows > 1 and real is None and size % KERNEL_BLOCK == 0 and not dropout:
+    if usable(query, value, dropout) and first == 0 and real is None and size % KERNEL_BLOCK == 0:
         from modelwright.attention.prflash.kernel import flex_blocks
 
         return flex_blocks(query, key, value, kept, size, scaling=scaling, correction=correction, softcap=softcap)
