@@ -82,6 +82,29 @@ def test_characters_come_back_with_single_blanks(texts):
     assert tokenizer.encode("ж").tokens == ["▁", "<unk>"]
 
 
+@pytest.mark.parametrize("refine", [None, "em"])
+@pytest.mark.parametrize("alphabet", ["byte", "character"])
+def test_special_tokens_that_stand_in_the_text_are_no_words(alphabet, refine):
+    special = ["<unk>", "<unk>s", "<s>"]
+    texts = ["<s>the <unk> cat<unk> sat on <unk>s the mat "] * 30
+    trainer = LikelihoodBpeTrainer(
+        vocab_size=300 if alphabet == "byte" else 60, alphabet=alphabet, refine=refine, special_tokens=special
+    )
+    tokenizer = trainer.train_from_iterator(texts)
+    vocabulary = tokenizer.get_vocab()
+    assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+    assert [vocabulary[token] for token in special] == [0, 1, 2]
+    words, _ = count_words(texts, alphabet, special)
+    found = [token for token in tokenizer.encode(texts[0]).tokens if token not in special]
+    assert sorted("".join(found * 30)) == sorted("".join(words.elements()))  # the tokenizer sees the same words
+    assert not any("<" in word for word in words)
+
+
+def test_a_special_token_that_is_an_ordinary_one_is_refused():
+    with pytest.raises(UserError, match="special token 'a' is an ordinary token"):
+        LikelihoodBpeTrainer(vocab_size=300, special_tokens=["a"]).train_from_iterator(["b c"])
+
+
 def test_same_texts_same_tokenizer(texts):
     first, second = (LikelihoodBpeTrainer(vocab_size=400).train_from_iterator(order) for order in (texts, texts[::-1]))
     assert first.to_str() == second.to_str()

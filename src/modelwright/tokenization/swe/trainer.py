@@ -76,10 +76,10 @@ class LikelihoodBpeTrainer:
             UserError: An option is out of range, the vocabulary cannot hold the alphabet, or there is no text.
         """
         self._check()
-        words, _ = count_words(texts, self.alphabet)
+        special = list(dict.fromkeys([*self.special_tokens, *([self.unknown_token] if self._character else [])]))
+        words, _ = count_words(texts, self.alphabet, special)
         if not words:
             raise UserError("There is no text to train a tokenizer on.")
-        special = list(dict.fromkeys([*self.special_tokens, *([self.unknown_token] if self._character else [])]))
         letters = sorted(set().union(*words)) if self._character else byte_alphabet()
         if self.vocab_size < len(special) + len(letters):
             raise UserError(
@@ -99,6 +99,8 @@ class LikelihoodBpeTrainer:
         )
         most = max(size, (self.prune_from or 0) - len(special)) - len(letters)
         self.merges = tuple(_watched(corpus.merges(most), on_merge))
+        if taken := set(special) & set(corpus.symbols):
+            raise UserError(f"The special token '{min(taken)}' is an ordinary token too: give it another name.")
         if self.refine is None and self.prune_from is None:
             return self._export(special, self._bpe([*special, *corpus.symbols]))
 

@@ -18,8 +18,13 @@ _BYTE_LEVEL = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\
 _NO_SPACE = r"[^\p{White_Space}]+"
 
 
-def count_words(texts: Iterable[str], alphabet: Alphabet) -> tuple[Counter[str], int]:
+def count_words(texts: Iterable[str], alphabet: Alphabet, special: Iterable[str] = ()) -> tuple[Counter[str], int]:
     """Counts the words of texts, read once as a stream.
+
+    Args:
+        texts: Texts.
+        alphabet: How words are split and spelled.
+        special: Special tokens: where a text has one, as some corpora do, it parts the words and is none itself.
 
     Returns:
         Words, spelled in symbols of one character each, to their frequencies; and the characters of all texts.
@@ -27,10 +32,13 @@ def count_words(texts: Iterable[str], alphabet: Alphabet) -> tuple[Counter[str],
     import regex  # comes with transformers
 
     find = regex.compile(_BYTE_LEVEL if alphabet == "byte" else _NO_SPACE).findall
+    apart = "|".join(regex.escape(token) for token in sorted(special, key=len, reverse=True) if token)
+    split = regex.compile(apart).split if apart else lambda text: (text,)
     counts: Counter[str] = Counter()
     characters = 0
     for text in texts:
-        counts.update(find(text))
+        for part in split(text):
+            counts.update(find(part))
         characters += len(text)
     if alphabet == "character":
         return Counter({WORD_MARK + word: n for word, n in counts.items()}), characters
