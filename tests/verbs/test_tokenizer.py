@@ -36,4 +36,17 @@ def test_options_of_another_method_are_refused(data, tmp_path):
             verb(data=data, output=tmp_path / "out", vocab_size=270, **options).run(Silent())
     with pytest.raises(UserError, match="alphabet"):
         verb(data=data, output=tmp_path / "out", vocab_size=100, method="swe").run(Silent())
+    with pytest.raises(UserError, match="limit is -1"):
+        verb(data=data, output=tmp_path / "out", vocab_size=270, limit=-1).run(Silent())
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_begin_with_many_empty_ones(data, tmp_path):
+    (tmp_path / "pool.jsonl").write_text('{"text": ""}\n' * 201 + '{"text": "the cat sat"}\n')
+    result = load_verb("tokenize train")(data=["pool.jsonl"], output=tmp_path / "out", vocab_size=262).run(Silent())
+    assert result["documents"] == 202
+    assert result["bytes_per_token"] > 0
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="no text"):
+        load_verb("tokenize train")(data=["empty.jsonl"], output=tmp_path / "none").run(Silent())
+    assert not (tmp_path / "none").exists()

@@ -26,7 +26,7 @@ class SweepWord2Vec:
         None
     )
     text_field: Annotated[str, Arg("Field that holds the text.")] = "text"
-    keep_case: Annotated[bool, Arg("Do not make the words lower case; the questions are taken as they are.")] = False
+    keep_case: Annotated[bool, Arg("Do not make the words lower case; the questions' case counts then.")] = False
     population: Annotated[int, Arg("Settings of a round.")] = 20
     elite: Annotated[float, Arg("Share of them that is learned from.")] = 0.2
     smoothing: Annotated[float, Arg("Weight of what the elite says against what was believed before.")] = 0.7
@@ -40,15 +40,19 @@ class SweepWord2Vec:
         """Searches; returns the best setting, its score, the last law and how the search went."""
         from modelwright.data.records import Records
         from modelwright.errors import require
-        from modelwright.files import atomic_path, check_output, write_json
+        from modelwright.files import atomic_path, check_output, content_hash, write_json
 
         check_output(self.output, self.force)
         require("gensim", "word2vec", "training word2vec")
         from modelwright.training.cehpo import cross_entropy_search
         from modelwright.training.cehpo.word2vec import SPACE, Word2VecObjective, read_sentences
 
-        sentences = read_sentences(Records(self.data, self.text_field).texts(), lower=not self.keep_case)
-        objective = Word2VecObjective(sentences, self.analogies, self.similarity, self.seed)
+        records = Records(self.data, self.text_field)
+        sentences = read_sentences(records.texts(), lower=not self.keep_case)
+        objective = Word2VecObjective(
+            sentences, self.analogies, self.similarity, self.seed, ignore_case=not self.keep_case
+        )
+        questions = content_hash(self.analogies or self.similarity)  # type: ignore[arg-type]
         journal = self.output.with_name(self.output.name + ".search.jsonl")
         progress.start("search", self.evaluations or self.population + (self.rounds - 1) * (self.population - 1))
         result = cross_entropy_search(
@@ -61,6 +65,7 @@ class SweepWord2Vec:
             evaluations=self.evaluations,
             workers=self.workers,
             journal=journal,
+            about={"data": records.fingerprint(), "questions": questions, "keep_case": self.keep_case},
             seed=self.seed,
             on_error="skip",
             on_evaluation=lambda setting, score: progress.advance(1, f"score {score:.3f}"),

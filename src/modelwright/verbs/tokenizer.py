@@ -44,6 +44,8 @@ class TrainTokenizer:
         if self.method != "swe" and (self.refine or self.prune_from is not None):
             raise UserError("refine and prune_from belong to the method swe: add --method swe, or leave them out.")
 
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit is {self.limit}: give at least 1 document, or leave it out.")
         check_output(self.output, self.force)
         documents = length = 0
         sample: list[str] = []
@@ -53,17 +55,17 @@ class TrainTokenizer:
             for text in itertools.islice(Records(self.data, self.text_field).texts(), self.limit):
                 documents += 1
                 length += len(text.encode())
-                if documents <= 200:
+                if text and len(sample) < 200:
                     sample.append(text[:10_000])
                 progress.advance()
                 yield text
 
         progress.start("train tokenizer")
         tokenizer = self._train(texts(), progress)
-        with atomic_path(self.output, self.force) as partial:
-            tokenizer.save_pretrained(partial)
         sampled = sum(len(text.encode()) for text in sample)
         measured = fit(tokenizer, sample)
+        with atomic_path(self.output, self.force) as partial:
+            tokenizer.save_pretrained(partial)
         return {
             "output": str(self.output),
             "method": self.method,

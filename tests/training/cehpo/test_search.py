@@ -176,6 +176,25 @@ def test_an_objective_that_fails(tmp_path):
         cross_entropy_search(SPACE, lambda s: 1 / 0, on_error="skip")
 
 
+def test_a_round_in_which_most_settings_fail_has_a_threshold():
+    result = cross_entropy_search(
+        SPACE, lambda s: separable(s) if s["a"] == "x" and s["b"] == 1 else math.nan, rounds=1, on_error="skip"
+    )
+    assert 0 < sum(math.isfinite(score) for _, score in result.tried) < 4  # fewer than the elite would be
+    assert result.rounds[0].threshold == min(score for _, score in result.tried if math.isfinite(score))
+    assert (result.mode["a"], result.mode["b"]) == ("x", 1)
+
+
+def test_a_journal_is_about_one_thing(tmp_path):
+    journal = tmp_path / "j.jsonl"
+    first = cross_entropy_search(SPACE, separable, rounds=2, journal=journal, about={"data": "one"})
+    again = cross_entropy_search(SPACE, lambda s: 1 / 0, rounds=2, journal=journal, about={"data": "one"})
+    assert again.tried == first.tried
+    for other in ({"data": "two"}, None):
+        with pytest.raises(UserError, match="about something else"):
+            cross_entropy_search(SPACE, separable, rounds=2, journal=journal, about=other)
+
+
 @pytest.mark.slow
 def test_in_parallel_it_is_the_same():
     alone = cross_entropy_search(SPACE, separable, rounds=2)
@@ -203,7 +222,12 @@ def test_bad_spaces():
         (lambda: Choice(()), "differ"),
         (lambda: Choice((1, 1)), "differ"),
         (lambda: Choice((1, 2), floor=0.7), "floor"),
+        (lambda: Choice((1, 2, 3), (0.5, 0.5)), "as many probabilities"),
+        (lambda: Choice((1, 2), (0.5, 0.6)), "sum 1"),
+        (lambda: Choice((1, 2), (1.5, -0.5)), "sum 1"),
         (lambda: Normal(2, 1), "low < high"),
+        (lambda: Normal(0.5, 3.5, whole=True), "whole bounds"),
+        (lambda: Normal(1, 2, std=0.0), "above 0"),
         (lambda: log_normal(0, 1), "above 0"),
     ):
         with pytest.raises(UserError, match=message):

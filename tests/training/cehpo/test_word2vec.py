@@ -48,6 +48,19 @@ def test_similarities(world, files):
     assert objective(GOOD) > 0.3
 
 
+def test_the_case_of_questions(world, files):
+    """``questions-words.txt`` asks for Athens; the words of a text are made lower case."""
+    sentences = [row["text"].lower().split() for row in world.sentences]
+    scores = {}
+    for name, spell in (("lower", str.lower), ("upper", str.title)):
+        (files / name).write_text(": grid\n" + spell(world.as_file(world.questions)).split("\n", 1)[1])
+        for ignore in (False, True):
+            objective = Word2VecObjective(sentences, analogies=files / name, ignore_case=ignore)
+            scores[name, ignore] = objective(GOOD)
+    assert scores["upper", False] == 0
+    assert scores["upper", True] == scores["lower", True] == scores["lower", False] > 0.3
+
+
 def test_reads_lines():
     assert read_sentences(["The cat, the DOG.\n\nA b_c"]) == [["the", "cat", "the", "dog"], ["a", "b_c"]]
     assert read_sentences(["The"], lower=False) == [["The"]]
@@ -82,9 +95,37 @@ def test_bad_input(files):
     (files / "bad.txt").write_text(": s\na b c d\na b c\n")
     with pytest.raises(UserError, match=r"bad.txt:3: a line has four words"):
         Word2VecObjective(text, files / "bad.txt")
+    (files / "bad.txt").write_text("a b c d\n")
+    with pytest.raises(UserError, match=r"bad.txt:1: a section"):
+        Word2VecObjective(text, files / "bad.txt")
+    (files / "bad.txt").write_bytes(b": s\na b c \xff\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        Word2VecObjective(text, files / "bad.txt")
     (files / "bad.txt").write_text(": s\n")
     with pytest.raises(UserError, match="no question"):
         Word2VecObjective(text, files / "bad.txt")
+
+
+def test_a_search_that_was_killed_goes_on_with_the_same_text_and_questions_only(files, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Word2VecObjective, "__call__", lambda self, setting: calls.append(setting) or float(len(calls)))
+
+    def killed(self, setting):
+        raise KeyboardInterrupt
+
+    options = {"output": files / "out", "data": [str(files / "text.txt")], "population": 4, "rounds": 2}
+    run = load_verb("sweep word2vec")(analogies=files / "questions.txt", **options).run
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Word2VecObjective, "train", killed)  # of the best setting, when the search is over
+        run(Silent())
+    assert len(calls) == 7
+    (files / "others.txt").write_text(": grid\na b c d\n")
+    with pytest.raises(UserError, match="about something else"):
+        load_verb("sweep word2vec")(analogies=files / "others.txt", **options).run(Silent())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Word2VecObjective, "train", killed)
+        run(Silent())
+    assert len(calls) == 7
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ class Journal:
                 raise UserError(f"{self.path} is not the journal of a search: name another file.") from error
             if found != head:
                 raise UserError(
-                    f"{self.path} is the journal of a search with another space, seed or population: repeat that "
-                    f"search, or name another file."
+                    f"{self.path} is the journal of a search with another space, seed or population, or about "
+                    f"something else: repeat that search, remove the file, or name another."
                 )
             if lines:
                 self.path.write_bytes(whole)
@@ -57,7 +57,7 @@ class Journal:
                 break
             line = self._lines.pop(0)
             if line.get("setting") != json.loads(json.dumps(setting, default=repr)):
-                raise UserError(f"{self.path} holds other settings than this search draws: name another file.")
+                raise UserError(f"{self.path} holds other settings than this search draws: remove it, or name another.")
             score = line.get("score")
             answered.append((-math.inf if score is None else float(score), line.get("failure", "")))
         return answered

@@ -85,6 +85,7 @@ def cross_entropy_search(
     on_error: Literal["raise", "skip"] = "raise",
     workers: int = 1,
     journal: str | Path | None = None,
+    about: Any = None,
     seed: int = 0,
     on_evaluation: Callable[[Setting, float], None] | None = None,
 ) -> SearchResult:
@@ -112,6 +113,8 @@ def cross_entropy_search(
         workers: Settings that are scored at the same time, each in a process of its own.
         journal: A file to which every score is written at once. If it exists, the scores in it are not computed again,
             so that a search that was killed continues where it was.
+        about: What the scores depend on beside the setting, such as a hash of the data (JSON-able): a journal that was
+            written about something else is refused.
         seed: Decides the draws.
         on_evaluation: Called after each evaluation.
 
@@ -123,7 +126,8 @@ def cross_entropy_search(
     _check(population, elite, smoothing, rounds, patience, rescore, evaluations, workers)
     key = {name: factor.describe() for name, factor in space.items()}
     search = _Evaluator(objective, on_error, workers, cache, evaluations, on_evaluation)
-    search.journal = Journal(journal, {"space": key, "seed": seed, "population": population})
+    same = {"space": key, "seed": seed, "population": population}
+    search.journal = Journal(journal, same if about is None else {**same, "about": about})
     draws = random.Random(seed)
     law = dict(space)
     done: list[Round] = []
@@ -142,8 +146,8 @@ def cross_entropy_search(
         if len(scored) < 2:
             stopped = "evaluations"  # nothing new was allowed
             break
-        threshold = _quantile([score for _, score in scored], 1 - elite)
-        chosen = [setting for setting, score in scored if score >= threshold and math.isfinite(score)]
+        threshold = max(min(alive), _quantile([score for _, score in scored], 1 - elite))  # failures are no elite
+        chosen = [setting for setting, score in scored if score >= threshold]
         law = {name: factor.learn([s[name] for s in chosen], smoothing) for name, factor in law.items()}
         entropy = sum(factor.entropy() for factor in law.values()) / len(law)
         done.append(Round(threshold, max(alive), sum(alive) / len(alive), entropy, search.calls))

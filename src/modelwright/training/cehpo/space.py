@@ -60,6 +60,9 @@ class Choice:
             raise UserError(f"The floor {self.floor} is not between 0 and 1 / {len(self.values)} values.")
         if not self.probabilities:
             object.__setattr__(self, "probabilities", (1 / len(self.values),) * len(self.values))
+        many, total = len(self.probabilities), math.fsum(self.probabilities)
+        if many != len(self.values) or not min(self.probabilities) >= 0 or not abs(total - 1) < 1e-6:
+            raise UserError(f"A choice of {len(self.values)} values needs as many probabilities, with the sum 1.")
 
     def draw(self, uniform: float) -> Any:
         """See :class:`Factor`."""
@@ -132,12 +135,17 @@ class Normal:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise UserError(f"A range needs low < high, not {self.low} and {self.high}.")
+        if self.whole and (self.low != round(self.low) or self.high != round(self.high)):
+            raise UserError(f"A range of whole numbers needs whole bounds, not {self.low} and {self.high}.")
         if self.log and self.low <= 0:
             raise UserError(f"A range on a logarithmic scale begins above 0, not at {self.low}.")
         low, high = self._line(self.low), self._line(self.high)
         for name, value in (("mean", (low + high) / 2), ("std", (high - low) / 2), ("least_std", (high - low) / 100)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        assert self.std is not None
+        if not 0 < self.std < math.inf:
+            raise UserError(f"The standard deviation of a range is above 0, not {self.std}.")
 
     def _line(self, value: float) -> float:
         return math.log(value) if self.log else float(value)

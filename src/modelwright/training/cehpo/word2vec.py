@@ -43,12 +43,14 @@ class Word2VecObjective:
         analogies: File in the format of ``questions-words.txt``: ``: section`` lines, and lines of four words.
         similarity: File of word, word, judgement, separated by tabs.
         seed: Of the initial vectors and of sampling.
+        ignore_case: Whether a question's ``Athens`` is the sentences' ``athens``.
     """
 
     sentences: Sequence[Sequence[str]] = field(repr=False)
     analogies: Path | None = None
     similarity: Path | None = None
     seed: int = 0
+    ignore_case: bool = False
 
     def __post_init__(self) -> None:
         require("gensim", "word2vec", "training word2vec")
@@ -80,11 +82,11 @@ class Word2VecObjective:
             if self.analogies is not None:
                 return float(
                     model.wv.evaluate_word_analogies(
-                        str(self.analogies), restrict_vocab=words, case_insensitive=False, dummy4unknown=True
+                        str(self.analogies), restrict_vocab=words, case_insensitive=self.ignore_case, dummy4unknown=True
                     )[0]
                 )
             found = model.wv.evaluate_word_pairs(
-                str(self.similarity), restrict_vocab=words, case_insensitive=False, dummy4unknown=True
+                str(self.similarity), restrict_vocab=words, case_insensitive=self.ignore_case, dummy4unknown=True
             )
             return float(found[1].statistic)
         finally:
@@ -103,9 +105,17 @@ def read_sentences(texts: Iterable[str], lower: bool = True) -> list[list[str]]:
 def _check_questions(path: Path, fields: int) -> None:
     """Gensim skips a line that it does not understand; a user wants to know."""
     questions = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: repair the file.") from error
+    named = False
+    for number, line in enumerate(lines, 1):
+        named = named or line.startswith(": ")
         if not line.strip() or line.startswith((":", "#")):
             continue
+        if fields == 4 and not named:
+            raise UserError(f"{path}:{number}: a section, such as ': capitals', stands before the first question.")
         questions += 1
         parts = line.split("\t") if fields == 3 else line.split()
         if len(parts) != fields:
