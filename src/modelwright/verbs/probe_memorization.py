@@ -85,6 +85,7 @@ class ProbeMemorization:
         tokenizer = load_tokenizer(self.tokenizer or self.model[0], trust_remote_code=self.trust_remote_code)
         records = Records(self.corpus, self.text_field)
         work = self.output.with_name(self.output.name + ".partial")
+        self._check_tokenizers(tokenizer, records)
         audit = Audit(
             records.texts(),
             tokenizer,
@@ -143,6 +144,26 @@ class ProbeMemorization:
             "warnings": warnings,
         }
 
+    def _check_tokenizers(self, tokenizer: Any, records: Any) -> None:
+        """Refuses models that cut the first documents into other tokens."""
+        import itertools
+
+        from modelwright.errors import UserError
+        from modelwright.models.loading import TOKENIZER_FILES, find_folder, load_tokenizer
+        from modelwright.models.tokenizers import encode
+
+        texts = [text[:2000] for text in itertools.islice(records.texts(), 20)]
+        mine = encode(tokenizer, texts)
+        for name in self.model if self.tokenizer else self.model[1:]:
+            folder = find_folder(name, code=self.trust_remote_code)
+            if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+                continue
+            if encode(load_tokenizer(name, trust_remote_code=self.trust_remote_code), texts) != mine:
+                raise UserError(
+                    f"{name} has another tokenizer than {self.tokenizer or self.model[0]}: audit models of different "
+                    f"tokenizers one by one."
+                )
+
     def _extract(self, audit: Audit, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
         import torch
 
@@ -178,7 +199,7 @@ class ProbeMemorization:
             model = load_model(
                 self.model[0], dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
             )
-            return ModelEmbedder(model, tokenizer, self.prompt_len + self.cont_len)
+            return ModelEmbedder(model, tokenizer, self.prompt_len + self.cont_len, self.batch_size)
         return sentence_embedder(self.embedder)
 
     def _masked(self) -> list[str]:
@@ -232,7 +253,9 @@ class ProbeMemorization:
             "seed", "dtype",
         )  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in kept}
-        counted = {"documents": len(audit.corpus.boundaries) - 1, "tokens": len(audit.corpus.tokens)}
+        counted: dict[str, Any] = {"documents": len(audit.corpus.boundaries) - 1, "tokens": len(audit.corpus.tokens)}
+        if audit.leading:
+            counted["leading_tokens"] = list(audit.leading)
         return values | counted | {"software": provenance.versions()}
 
 

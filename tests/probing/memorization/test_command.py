@@ -7,11 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from modelwright.errors import UserError
 from modelwright.models.loading import save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
-from modelwright.probing.memorization import TokenCorpus, audit
+from modelwright.models.tokenizers import train_bpe
+from modelwright.probing.memorization import TokenCorpus, audit, part_perplexities
 from modelwright.probing.memorization.features import COLUMNS
 from modelwright.progress import Silent
 from modelwright.verbs.probe_memorization import ProbeMemorization
@@ -83,6 +85,7 @@ def test_the_report_has_models_factors_and_tests(done, made):
     found = report["models"][str(made / "learned")]
     assert found["cross_check"]["differ"] == 0
     assert found["cross_check"]["compared"] > 30
+    assert set(found["categories"]["recitation"]) == {"memorized", "share_of_memorized"}  # rates are of the sample
     assert sum(c["share_of_memorized"] for c in found["categories"].values()) == pytest.approx(1)
     assert {c["metric"] for c in found["prediction"]["comparison"]} >= {"pr_auc", "ece", "f1"}
     assert "recitation" in found["prediction"]["fallbacks"]
@@ -195,6 +198,54 @@ def test_a_model_of_another_tokenizer_is_refused(made, tmp_path):
     save_model(tiny_model("llama", vocab_size=100), byte_tokenizer(), tmp_path / "small")
     with pytest.raises(UserError, match="it has another tokenizer"):
         command(made, tmp_path / "out", model=[str(tmp_path / "small")]).run(Silent())
+
+
+def test_a_model_that_cuts_text_otherwise_is_refused(made, tmp_path):
+    save_model(tiny_model("llama", vocab_size=300), train_bpe(documents(), 300), tmp_path / "other")
+    other, learned = str(tmp_path / "other"), str(made / "learned")
+    for options in ({"model": [learned, other]}, {"model": [other], "tokenizer": learned}):
+        with pytest.raises(UserError, match="other has another tokenizer than .*learned"):
+            command(made, tmp_path / "out", **options).run(Silent())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_after_too_long_a_prompt_a_shorter_one_can_be_asked_for(made, tmp_path):
+    for options in ({"prompt_len": 400}, {"every": 0}):
+        with pytest.raises(UserError):
+            command(made, tmp_path / "out", **options).run(Silent())
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_that_could_not_be_read_may_be_mended(made, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    verb = command(made, tmp_path / "out")
+    verb.corpus = [str(corpus)]
+    lines = [json.dumps({"text": text}) for text in documents()]
+    for broken in ("{}", '{"text": '):
+        corpus.write_text("\n".join([*lines, broken]))
+        with pytest.raises(UserError, match=r"corpus\.jsonl"):
+            verb.run(Silent())
+    corpus.write_text("\n".join(lines))
+    assert verb.run(Silent())["sequences"] == len(lines)
+
+
+def test_prompts_stand_behind_what_the_tokenizer_puts_before_a_text(made, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    model = tiny_model("llama")
+    save_model(model, tokenizer, tmp_path / "model")
+    command(made, tmp_path / "out", model=[str(tmp_path / "model")]).run(Silent())
+    table = pd.read_parquet(tmp_path / "out" / "sequences.parquet")
+    tokens = np.array([tokenizer(t, add_special_tokens=False)["input_ids"][:LENGTH] for t in documents()])
+    expected = part_perplexities(model, tokens, 12, 12, leading=[tokenizer.bos_token_id])
+    assert table["continuation_perplexity"].to_numpy() == pytest.approx(expected.continuation, rel=1e-4)
+    assert table["continuation_perplexity"].to_numpy() != pytest.approx(
+        part_perplexities(model, tokens, 12, 12).continuation, rel=1e-4
+    )
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert settings["leading_tokens"] == [tokenizer.bos_token_id]
 
 
 def test_every_part_of_a_document_can_be_asked_for(made, tmp_path):

@@ -80,6 +80,36 @@ def test_generate_and_teacher_forcing_agree_where_neither_recites():
         assert forced.memorized.tolist() == generated.memorized.tolist()
 
 
+def test_leading_tokens_are_context_and_no_part_of_the_sequence():
+    model = tiny_model("llama")
+    tokens = np.random.default_rng(0).integers(0, 259, (5, 12))
+    led = np.concatenate([np.full((5, 1), 1), np.full((5, 1), 7), tokens], axis=1)
+    with torch.no_grad():
+        laws = model(input_ids=torch.as_tensor(led)).logits.double().log_softmax(-1)[:, 2:-1]
+    found = read(model, tokens, 8, (1, 7))
+    nats = -laws.gather(-1, torch.as_tensor(tokens)[:, 1:, None])[..., 0].numpy()
+    assert found.nats == pytest.approx(nats, rel=1e-9)
+    assert found.matches.shape == (5, 4)
+    assert found.nats != pytest.approx(read(model, tokens, 8).nats, rel=1e-3)
+    parts = part_perplexities(model, tokens, 8, 4, leading=[1, 7])
+    assert parts.sequence == pytest.approx(np.exp(nats.mean(1)))
+    with pytest.raises(UserError, match="Sequences of 512 tokens do not fit"):
+        extractability(
+            tiny_model("llama", max_position_embeddings=511), np.zeros((1, 510), int), 500, 10, leading=[1, 7]
+        )
+
+
+def test_generate_begins_behind_the_leading_tokens():
+    model = tiny_model("llama")
+    prompts = torch.randint(3, 259, (20, 8), generator=torch.Generator().manual_seed(0))
+    led = torch.cat([torch.full((20, 1), 1), prompts], dim=1)
+    continuation = model.generate(led, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 9:]
+    tokens = torch.cat([prompts, continuation], dim=1).numpy()
+    for method in ("teacher-forced", "generate"):
+        assert extractability(model, tokens, 8, 4, method, leading=[1]).memorized.all()
+        assert not extractability(model, tokens, 8, 4, method).memorized.all()
+
+
 def test_blocks_are_read_one_at_a_time():
     model = tiny_model("gpt2")
     tokens = np.random.default_rng(0).integers(0, 259, (10, 70))

@@ -139,6 +139,15 @@ def test_the_models_own_states_embed_texts():
     assert both[0] == pytest.approx(alone[0], abs=1e-5)
 
 
+def test_the_models_states_are_made_a_few_texts_at_a_time():
+    model, sizes = tiny_model("llama"), []
+    model.register_forward_pre_hook(lambda _, args, keys: sizes.append(len(keys["input_ids"])), with_kwargs=True)
+    texts = [f"text {i}" for i in range(10)]
+    few = ModelEmbedder(model, byte_tokenizer(), batch_size=4)(texts)
+    assert sizes == [4, 4, 2]
+    assert few == pytest.approx(ModelEmbedder(model, byte_tokenizer())(texts), abs=1e-5)
+
+
 def test_an_embedder_that_gives_no_numbers_is_refused():
     with pytest.raises(UserError, match="row of finite numbers"):
         semantic_matches(["a"], ["b"], lambda texts: np.full((len(texts), 2), np.nan))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import pandas as pd
 from modelwright.errors import UserError
 from modelwright.files import atomic_path, read_json, write_json
 from modelwright.models.scoring import context_length
+from modelwright.models.tokenizers import leading_ids
 from modelwright.probing.memorization.corpus import TokenCorpus, decode, tokenize_corpus
 from modelwright.probing.memorization.duplicates import token_frequencies
 from modelwright.probing.memorization.extraction import extractability, perplexities, read
@@ -73,6 +75,8 @@ class AuditOptions:
             raise UserError("The prompt and the continuation need at least 1 token each.")
         if self.sample is not None and not 0 < self.sample <= 1:
             raise UserError(f"The sample is {self.sample}: give a share above 0 and at most 1.")
+        if self.every is not None and self.every < 1:
+            raise UserError(f"A sequence every {self.every} tokens cannot be: give at least 1.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"The limit is {self.limit}: give at least 1 sequence.")
 
@@ -131,7 +135,9 @@ class Audit:
     ) -> None:
         self.tokenizer, self.options = tokenizer, options
         self.folder, self.progress = Path(folder), progress or Silent()
-        plan = {"fingerprint": fingerprint, **_chosen(options)}
+        #: What the tokenizer puts before a text, and so what models with a beginning token expect before a prompt.
+        self.leading = leading_ids(tokenizer)
+        plan = {"fingerprint": fingerprint, "leading": self.leading, **_chosen(options)}
         _check_plan(self.folder, plan, force)
         tokens = self.folder / "tokens"
         if tokens.exists():
@@ -141,6 +147,7 @@ class Audit:
             self.corpus = tokenize_corpus(texts, tokenizer, tokens, progress=self.progress)
         places = self.corpus.places(options.length, options.every)
         if not len(places.start):
+            shutil.rmtree(self.folder)  # nothing in it is of use to a command that asks for less
             raise UserError(
                 f"No document of the corpus has {options.length} tokens: give longer ones, or a shorter prompt and "
                 f"continuation."
@@ -193,7 +200,7 @@ class Audit:
         found: list[list[np.ndarray]] = []
         for begin in range(0, len(starts), batch_size):
             tokens = self.corpus.sequences(starts[begin : begin + batch_size], options.length)
-            reading = read(model, tokens, options.prompt_len)
+            reading = read(model, tokens, options.prompt_len, self.leading)
             parts = perplexities(reading.nats, options.prompt_len, tokens if options.legacy else None)
             found.append([reading.matches.mean(1), *parts])
             self.progress.advance(len(tokens))
@@ -213,9 +220,8 @@ class Audit:
             rows.append(generator.permutation(some)[: CROSS_CHECKED // 2])
         chosen = np.concatenate(rows)
         tokens = self.corpus.sequences(self.places.start[chosen], self.options.length)
-        generated = extractability(
-            model, tokens, self.options.prompt_len, self.options.cont_len, "generate", batch_size=batch_size
-        )
+        sizes = self.options.prompt_len, self.options.cont_len
+        generated = extractability(model, tokens, *sizes, "generate", leading=self.leading, batch_size=batch_size)
         return {"compared": len(chosen), "differ": int((generated.memorized != (scores[chosen] == 1)).sum())}
 
     def _check(self, model: PreTrainedModel, name: str) -> None:
@@ -227,9 +233,9 @@ class Audit:
             )
             if top >= known:
                 raise UserError(f"The corpus has token {top}, but {name} knows {known}: it has another tokenizer.")
-        longest = context_length(model)
-        if longest is not None and longest < self.options.length:
-            raise UserError(f"Sequences of {self.options.length} tokens do not fit {name}, which takes {longest}.")
+        longest, length = context_length(model), len(self.leading) + self.options.length
+        if longest is not None and longest < length:
+            raise UserError(f"Sequences of {length} tokens do not fit {name}, which takes {longest}.")
 
     def features(
         self, found: dict[str, dict[str, np.ndarray]], *, embedder: Embedder | None = None, workers: int = 1
@@ -297,12 +303,11 @@ def _chosen(options: AuditOptions) -> dict[str, Any]:
 
 
 def _check_plan(folder: Path, plan: dict[str, Any], force: bool) -> None:
-    import shutil
-
     file = folder / "plan.json"
     plan = json.loads(json.dumps(plan))
     if folder.exists() and (not file.exists() or read_json(file) != plan):
-        if not force and any(folder.iterdir()):
+        # A plan alone is of a corpus that could not be read: there is nothing to lose.
+        if not force and any(entry != file for entry in folder.iterdir()):
             raise UserError(
                 f"{folder} holds an unfinished audit with other options or another corpus: repeat that command "
                 f"to finish it, or give --force."

@@ -12,7 +12,7 @@ Source: section 2 of the paper; Carlini et al. 2022 for the definition.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -76,6 +76,7 @@ def extractability(
     cont_len: int = 32,
     method: Method = "teacher-forced",
     *,
+    leading: Sequence[int] = (),
     batch_size: int = 64,
 ) -> Extractability:
     """Tests which sequences a model recites.
@@ -88,6 +89,8 @@ def extractability(
         cont_len: Tokens of the continuation.
         method: ``teacher-forced`` (one pass a batch), or ``generate``: greedy search with a key-value cache, without
             an end token, sampling, penalties or whatever else the model's generation config asks for.
+        leading: Tokens before every prompt, such as the beginning token that Llama and Gemma are trained with:
+            ``leading_ids(tokenizer)``.
         batch_size: Sequences at once.
 
     Raises:
@@ -96,11 +99,11 @@ def extractability(
     if method not in ("teacher-forced", "generate"):
         raise UserError(f"The method is '{method}': use teacher-forced or generate.")
     found = []
-    for batch in _batches(model, sequences, prompt_len, cont_len, batch_size):
+    for batch in _batches(model, sequences, prompt_len, cont_len, batch_size, len(leading)):
         if method == "generate":
-            found.append(_generated(model, batch, prompt_len) == batch[:, prompt_len:])
+            found.append(_generated(model, batch, prompt_len, leading) == batch[:, prompt_len:])
         else:
-            found.append(read(model, batch, prompt_len).matches)
+            found.append(read(model, batch, prompt_len, leading).matches)
     matches = np.concatenate(found) if found else np.zeros((0, cont_len), dtype=bool)
     return Extractability(matches.mean(1), np.asarray(matches.all(1)))
 
@@ -112,6 +115,7 @@ def part_perplexities(
     cont_len: int = 32,
     *,
     legacy: bool = False,
+    leading: Sequence[int] = (),
     batch_size: int = 64,
 ) -> Perplexities:
     """Returns the perplexities of prompt, continuation and whole, from log-probabilities in float64.
@@ -124,14 +128,15 @@ def part_perplexities(
         legacy: As in the official code: both parts are divided by the whole's number of predictions (so that they are
             about the square root of what they should be), and for every token 0 in a sequence one prediction at its
             end is dropped.
+        leading: See :func:`extractability`; the same predictions are measured with and without.
         batch_size: Sequences at once.
 
     Raises:
         UserError: See :func:`extractability`.
     """
     parts = []
-    for batch in _batches(model, sequences, prompt_len, cont_len, batch_size):
-        parts.append(perplexities(read(model, batch, prompt_len).nats, prompt_len, batch if legacy else None))
+    for batch in _batches(model, sequences, prompt_len, cont_len, batch_size, len(leading)):
+        parts.append(perplexities(read(model, batch, prompt_len, leading).nats, prompt_len, batch if legacy else None))
     return Perplexities(*(np.concatenate([p[i] for p in parts]) if parts else np.zeros(0) for i in range(3)))
 
 
@@ -156,19 +161,20 @@ def perplexities(nats: np.ndarray, prompt_len: int, legacy_tokens: np.ndarray | 
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, tokens: np.ndarray, prompt_len: int) -> Reading:
+def read(model: PreTrainedModel, tokens: np.ndarray, prompt_len: int, leading: Sequence[int] = ()) -> Reading:
     """Reads a batch of checked sequences once.
 
     Args:
         model: The model.
         tokens: (n, length) int64.
         prompt_len: Tokens of the prompt.
+        leading: Tokens before every prompt.
 
     Raises:
         UserError: The model gives no numbers.
     """
     ids = torch.as_tensor(tokens, device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    logits = model(input_ids=_led(ids, leading), use_cache=False).logits[:, len(leading) : -1]
     targets = ids[:, 1:].to(logits.device)
     nats = torch.empty(targets.shape, dtype=torch.float64)
     matches = torch.empty(targets.shape, dtype=torch.bool)
@@ -184,8 +190,8 @@ def read(model: PreTrainedModel, tokens: np.ndarray, prompt_len: int) -> Reading
 
 
 @torch.no_grad()
-def _generated(model: PreTrainedModel, tokens: np.ndarray, prompt_len: int) -> np.ndarray:
-    ids = torch.as_tensor(tokens[:, :prompt_len], device=model.device)
+def _generated(model: PreTrainedModel, tokens: np.ndarray, prompt_len: int, leading: Sequence[int] = ()) -> np.ndarray:
+    ids = _led(torch.as_tensor(tokens[:, :prompt_len], device=model.device), leading)
     with _bare_generation(model):
         out = model.generate(
             ids,
@@ -196,7 +202,11 @@ def _generated(model: PreTrainedModel, tokens: np.ndarray, prompt_len: int) -> n
             max_new_tokens=tokens.shape[1] - prompt_len,
             pad_token_id=0,
         )
-    return out[:, prompt_len:].cpu().numpy()
+    return out[:, ids.shape[1] :].cpu().numpy()
+
+
+def _led(ids: torch.Tensor, leading: Sequence[int]) -> torch.Tensor:
+    return torch.cat([ids.new_tensor(list(leading)).expand(len(ids), -1), ids], dim=1) if leading else ids
 
 
 @contextlib.contextmanager
@@ -214,13 +224,15 @@ def _bare_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _batches(
-    model: PreTrainedModel, sequences: Any, prompt_len: int, cont_len: int, batch_size: int
+    model: PreTrainedModel, sequences: Any, prompt_len: int, cont_len: int, batch_size: int, leading: int
 ) -> Iterator[np.ndarray]:
     if prompt_len < 1 or cont_len < 1 or batch_size < 1:
         raise UserError("prompt_len, cont_len and batch_size must be at least 1.")
     longest = context_length(model)
-    if longest is not None and prompt_len + cont_len > longest:
-        raise UserError(f"Sequences of {prompt_len + cont_len} tokens do not fit the model, which takes {longest}.")
+    if longest is not None and leading + prompt_len + cont_len > longest:
+        raise UserError(
+            f"Sequences of {leading + prompt_len + cont_len} tokens do not fit the model, which takes {longest}."
+        )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     blocks: Iterable[Any] = [sequences] if hasattr(sequences, "shape") or _is_nested(sequences) else sequences
     for block in blocks:

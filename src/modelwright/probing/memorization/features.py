@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from modelwright.errors import UserError
+from modelwright.models.tokenizers import leading_ids
 from modelwright.probing.memorization.corpus import TokenCorpus, decode, tokenizer_hash
 from modelwright.probing.memorization.duplicates import count_duplicates, token_frequencies
 from modelwright.probing.memorization.extraction import Perplexities, check_sequences, part_perplexities
@@ -68,7 +69,7 @@ def build_features(
         sequences: (n, at least ``prompt_len + cont_len``) whole numbers.
         corpus: Where duplicates and frequencies are counted: a :class:`TokenCorpus`, or (tokens,) whole numbers.
         tokenizer: The tokenizer of the sequences and the corpus.
-        model: The model under study, for the perplexities.
+        model: The model under study, for the perplexities; prompts stand behind the tokenizer's leading tokens.
         prompt_len: Tokens of the prompt.
         cont_len: Tokens of the continuation.
         perplexities: Of these sequences, if they are known; then no model is needed.
@@ -108,7 +109,8 @@ def build_features(
     if perplexities is None:
         if model is None:
             raise UserError("Perplexities need a model, or must be given.")
-        perplexities = part_perplexities(model, tokens, prompt_len, cont_len, legacy=legacy)
+        leading = leading_ids(tokenizer)
+        perplexities = part_perplexities(model, tokens, prompt_len, cont_len, legacy=legacy, leading=leading)
     columns: dict[str, Any] = {"sequence_duplicates": duplicates}
     columns |= frequency_columns(counts[tokens])
     columns |= dict(zip(PERPLEXITIES, (np.asarray(p, dtype=float) for p in perplexities), strict=True))

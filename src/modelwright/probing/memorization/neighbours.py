@@ -59,13 +59,20 @@ class ModelEmbedder:
         model: The model.
         tokenizer: Its tokenizer.
         max_length: Tokens of a text that are read.
+        batch_size: Texts at once; the model makes logits of all their tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = 64) -> None:
-        self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = 64, batch_size: int = 32
+    ) -> None:
+        self.model, self.tokenizer, self.max_length, self.batch_size = model, tokenizer, max_length, batch_size
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Returns (n, hidden size) float32."""
+        starts = range(0, len(texts), self.batch_size)
+        return np.concatenate([self._embed(texts[start : start + self.batch_size]) for start in starts])
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
         import torch
 
         from modelwright.models.tokenizers import encode

@@ -86,16 +86,18 @@ def summarise(
         seed: Of splits and resamples.
 
     Returns:
-        ``sequences``, ``memorized``, ``categories``, ``factors`` (medians of memorised and other sequences by
-        category), ``dependence``, ``sign_flips``, ``divergence``, and ``prediction`` (None with the reason under
-        ``prediction_refused`` where there are too few sequences of either kind).
+        ``sequences``, ``memorized``, ``categories`` (of the memorised), ``sample_categories`` (with rates),
+        ``factors`` (medians of memorised and other sequences by category), ``dependence``, ``sign_flips``,
+        ``divergence``, and ``prediction`` (None with the reason under ``prediction_refused`` where there are too few
+        sequences of either kind).
     """
     sample = table[table["in_sample"]]
     tests = dependence_tests(sample, seed=seed)
     found: dict[str, Any] = {
         "sequences": len(table) if sequences is None else sequences,
         "memorized": int(table["memorized"].sum()),
-        "categories": category_shares(table).to_dict("index"),
+        # Every memorised sequence is in the table, and of the others only the sample's: rates are the sample's alone.
+        "categories": category_shares(table)[["memorized", "share_of_memorized"]].to_dict("index"),
         "sample_categories": category_shares(sample).to_dict("index"),
         "factors": _factors(table),
         "dependence": tests.to_dict("records"),
