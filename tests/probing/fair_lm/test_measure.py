@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from modelwright.errors import UserError
 from modelwright.models.scoring import score_documents
-from modelwright.models.tiny import byte_tokenizer, tiny_model
+from modelwright.models.tiny import byte_tokenizer, seeded, tiny_model
 from modelwright.probing.fair_lm import measure_blocks, measure_documents, measure_rows
 from modelwright.probing.fair_lm.measure import pad_rows
 from modelwright.training.packing import tokenize
@@ -35,6 +36,24 @@ def test_blocks_are_what_training_sees():
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids).loss.item()
     assert measure_blocks(model, blocks, batch_size=2).compute().average == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_a_collator_that_pads_on_the_left_changes_nothing(family):
+    if family == "bloom":  # takes no positions
+        with seeded(0):
+            config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=259)
+            model = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = tiny_model(family)
+    rows = [{"input_ids": list(range(5, 5 + n))} for n in (4, 9, 15)]
+    tokenizer = byte_tokenizer()
+    assert tokenizer.padding_side == "left"
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    padded = measure_rows(model, rows, batch_size=3, collate=collate).compute()
+    alone = measure_rows(model, rows, batch_size=1).compute()
+    np.testing.assert_array_equal(padded.counts, alone.counts)
+    np.testing.assert_allclose(padded.loss, alone.loss, rtol=1e-4, atol=1e-5)
 
 
 def test_the_mode_of_every_module_comes_back():

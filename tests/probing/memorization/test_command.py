@@ -184,6 +184,7 @@ def test_a_sample_keeps_all_memorised_sequences(made, tmp_path):
         ({"embedder": "no-such-folder/none"}, "no model of sentence-transformers|is needed for"),
         ({"masked_words": "missing.txt"}, "cannot be read"),
         ({"every": 0}, "at least 1"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_mistakes_are_sentences_and_leave_no_output(made, tmp_path, options, message):

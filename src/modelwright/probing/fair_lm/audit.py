@@ -31,6 +31,8 @@ def check_options(options: Any) -> None:
         )
     if options.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {options.batch_size}.")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit must be at least 1, not {options.limit}.")
     if options.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, not {options.bootstrap}.")
     if options.base < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,7 @@ def measure_rows(
                 labels = batch["input_ids"]
             device = chunked.model.device
             inputs = {n: v.to(device) for n, v in batch.items() if isinstance(v, torch.Tensor)}
+            _place(chunked, inputs)
             at, positions, targets = scored_positions(
                 labels, batch.get("attention_mask"), batch.get("position_ids"), ignore_index
             )
@@ -141,6 +143,18 @@ def measure_rows(
             nll, correct = chunked.losses(inputs, at, positions, targets)
             tracker.update_from_nll(nll.cpu(), targets.cpu(), correct.cpu())
     return tracker
+
+
+def _place(chunked: ChunkedModel, inputs: dict[str, torch.Tensor]) -> None:
+    """Counts positions from the first real token, where a collator padded on the left and gave none.
+
+    A model with learned positions, such as GPT-2, would take those of the padding as well.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or "position_ids" in inputs or bool(mask[:, 0].all()):
+        return
+    if "position_ids" in inspect.signature((chunked.body or chunked.model).forward).parameters:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
 def measure_blocks(model: Any, blocks: np.ndarray, *, batch_size: int = 8) -> TokenLossTracker:

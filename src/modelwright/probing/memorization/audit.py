@@ -79,6 +79,8 @@ class AuditOptions:
             raise UserError(f"A sequence every {self.every} tokens cannot be: give at least 1.")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"The limit is {self.limit}: give at least 1 sequence.")
+        if self.seed < 0:
+            raise UserError(f"The seed is {self.seed}: give 0 or more.")
 
     @property
     def length(self) -> int:
