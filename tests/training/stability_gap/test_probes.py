@@ -22,6 +22,7 @@ def test_questions_are_read_in_their_usual_forms(tmp_path):
         {"question": "Q?", "options": {"A": "x", "B": "y", "C": "z"}, "answer": "C"},
         {"question": "Q? ", "choices": ["yes", "no"], "label": "no"},
         {"question": "Q?", "choices": ["\nyes", " no"], "answer": "B"},
+        {"question": "Q?", "choices": [False, True], "answer": True},
     ]
     found = read_items(write(tmp_path / "q.jsonl", rows))
     assert found == [
@@ -29,6 +30,7 @@ def test_questions_are_read_in_their_usual_forms(tmp_path):
         Item("Q?", (" x", " y", " z"), 2),
         Item("Q? ", ("yes", "no"), 1),
         Item("Q?", ("\nyes", " no"), 1),
+        Item("Q?", (" False", " True"), 1),
     ]
 
 
@@ -37,6 +39,8 @@ def test_questions_are_read_in_their_usual_forms(tmp_path):
     [
         ({"prompt": "Q", "choices": ["a"], "answer": 0}, "q.jsonl:1 needs a list of two or more 'choices'"),
         ({"prompt": "Q", "choices": ["a", "b"]}, "and an 'answer'"),
+        ({"prompt": "Q", "choices": ["yes", "no"], "answer": True}, "answer True is none of the 2 choices"),
+        ({"prompt": "Q", "choices": {"text": ["a"], "label": ["A"]}, "answer": 0}, "needs a list of two or more"),
         ({"prompt": "Q", "choices": ["a", "b"], "answer": 2}, "answer 2 is none of the 2 choices"),
         ({"text": "Q", "choices": ["a", "b"], "answer": 0}, "'prompt'"),
     ],

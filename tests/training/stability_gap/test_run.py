@@ -9,6 +9,7 @@ from modelwright.errors import UserError
 from modelwright.models.loading import load_model, save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.progress import Silent
+from modelwright.training.options import TrainingOptions
 from modelwright.training.stability_gap import run as module
 from modelwright.verbs.train_continue import TrainContinue
 
@@ -203,6 +204,9 @@ def test_mistakes_are_one_sentence_and_leave_nothing(folder, keys, message):
         ("web: {rate: 0.8, dta: x}\ncode: 0.2", "no setting 'dta': did you mean 'data'"),
         ("web: {data: x}", "needs a rate"),
         ("web: {rate: -1}\ncode: {rate: 2}", "must be 0 or more, not -1"),
+        ("web: {rate: 0.9}\ncode: {rate: 1e-1, data: 5}", "data of 'code' must be a path or a list of them, not 5"),
+        ("web: {rate: 0.8}\ndomain: {rate: 0.2, data: code.jsonl}", "cannot be called 'domain'"),
+        ("web: {rate: 0}\ncode: {rate: 1, data: code.jsonl}", "nothing is left for the domain"),
         ("- web", "names no sources"),
         ("a: [", "not valid YAML"),
         ("web: {rate: 0.8, data: code.jsonl}\ncode: {rate: 0.2, data: code.jsonl}", "which source .* replaces"),
@@ -213,6 +217,43 @@ def test_a_faulty_mixture_file_is_named(folder, text, message):
     with pytest.raises(UserError, match=message) as error:
         verb(folder, folder / "bad", general=folder / "bad.yaml").run(Silent())
     assert "bad.yaml" in str(error.value)
+
+
+def test_a_folder_is_no_mixture_file(folder):
+    with pytest.raises(UserError, match="cannot be read"):
+        verb(folder, folder / "bad", general=folder).run(Silent())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"compare": ["plain", "control"], "general": None}, "'control' needs general text"),
+        ({"compare": ["plain", "freeze-top"], "frozen_layers": 3}, "Freezing 3 of 3 layers"),
+        ({"general": "thin.yaml"}, "source 'code' has a rate, but only"),
+    ],
+)
+def test_what_a_later_arm_lacks_is_said_before_the_first_is_trained(folder, monkeypatch, keys, message):
+    write(folder / "thin.jsonl", ["x"])
+    (folder / "thin.yaml").write_text("web: {rate: 0.8}\ncode: {rate: 0.2, data: thin.jsonl}")
+    if keys.get("general"):
+        keys = {**keys, "general": folder / keys["general"]}
+    monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("an arm was trained"))
+    with pytest.raises(UserError, match=message):
+        verb(folder, folder / "bad", **keys).run(Silent())
+    assert not (folder / "bad.training").exists()
+
+
+def test_the_other_processes_have_the_patience_for_a_large_domain(monkeypatch):
+    import accelerate
+
+    asked = []
+    monkeypatch.setattr(accelerate, "PartialState", lambda **keys: asked.append(keys))
+    module._join_processes(TrainingOptions(tokens=1, device="cpu"))
+    assert not asked
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    module._join_processes(TrainingOptions(tokens=1, device="cpu"))
+    assert asked[0]["cpu"]
+    assert asked[0]["timeout"].days >= 1
 
 
 def test_a_source_that_stays_needs_data(folder):

@@ -76,7 +76,7 @@ class Plan:
         if not 0 < self.replay < 1:
             raise UserError(f"The share of replay must lie between 0 and 1, not {self.replay}.")
         total = math.fsum(self.general.values())
-        if total >= 1 + 1e-9:
+        if total > 1 - 1e-9:
             raise UserError(f"The general sources' rates sum to {total:g}: nothing is left for the domain.")
 
     def epochs_of(self, arm: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.errors import UserError, did_you_mean
+from modelwright.values import Loader
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ def read_mixture(path: str | Path, replace: Sequence[str] = ()) -> tuple[list[Ge
 
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the YAML file of the mixture.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
     if isinstance(raw, Mapping) and set(raw) == {"sources"}:
@@ -73,7 +76,10 @@ def read_mixture(path: str | Path, replace: Sequence[str] = ()) -> tuple[list[Ge
     for source in kept:
         if not source.data:
             raise UserError(f"{path}: the source '{source.name}' has a rate of {source.rate:g} but no data.")
-    return kept, math.fsum(s.rate for s in sources if s.name in replaced)
+    share = math.fsum(s.rate for s in sources if s.name in replaced)
+    if share <= 1e-9:
+        raise UserError(f"{path}: the sources that the domain replaces have a rate of 0: nothing is left for the domain.")
+    return kept, share
 
 
 def _source(path: Path, name: str, entry: Any) -> General:
@@ -91,6 +97,8 @@ def _source(path: Path, name: str, entry: Any) -> General:
     if not (rate >= 0 and math.isfinite(rate)):
         raise UserError(f"{path}: the rate of '{name}' must be 0 or more, not {rate}.")
     data = entry.get("data", ())
-    data = [data] if isinstance(data, str) else list(data or ())
+    data = [data] if isinstance(data, str) else data or []
+    if not isinstance(data, list) or not all(isinstance(d, str) for d in data):
+        raise UserError(f"{path}: the data of '{name}' must be a path or a list of them, not {entry['data']!r}.")
     found = tuple(str(path.parent / d) if (path.parent / d).exists() else str(d) for d in data)
     return General(name, rate, found, str(entry.get("text_field", "text")))

@@ -51,10 +51,12 @@ def read_items(path: str | Path) -> list[Item]:
         keys: list[str] = [chr(65 + i) for i in range(26)]
         if isinstance(choices, dict):
             keys, choices = list(choices), list(choices.values())
-        if not isinstance(choices, list) or len(choices) < 2 or answer is None:
+        plain = isinstance(choices, list) and not any(isinstance(c, list | dict) for c in choices)
+        if not plain or len(choices) < 2 or answer is None:
             raise UserError(f"{record.where} needs a list of two or more 'choices', and an 'answer'.")
         texts = [str(c) for c in choices]
-        if isinstance(answer, int) and 0 <= answer < len(texts):
+        # True is no index: it would be the second choice, which may well be "no".
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
             right = answer
         elif str(answer) in texts:
             right = texts.index(str(answer))

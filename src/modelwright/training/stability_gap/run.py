@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -21,7 +22,14 @@ from modelwright.curation.stream import Outputs, select_records
 from modelwright.data.records import Records, read_texts
 from modelwright.errors import UserError, did_you_mean, require
 from modelwright.files import atomic_path, check_output, content_hash, read_json, write_json
-from modelwright.models.loading import describe, find_folder, load_model, load_tokenizer, write_model
+from modelwright.models.loading import (
+    describe,
+    find_folder,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    write_model,
+)
 from modelwright.models.scoring import context_length
 from modelwright.progress import Progress, Silent
 from modelwright.training.causal_lm import train
@@ -144,7 +152,10 @@ def continue_to_folder(
     if work.select == "perplexity" and not (work.reference or work.select_options.get("model")):
         raise UserError("The ranking needs a reference: give good documents of the domain (--reference).")
     general, share = read_mixture(work.general, work.replace) if work.general else ([], 1.0)
+    for name in {g.name for g in general} & {DOMAIN, BEST}:
+        raise UserError(f"{work.general}: a general source cannot be called '{name}': give it another name.")
     make_selector(work.select, work.select_options)  # refuses bad options before any work
+    _join_processes(options)
     source = find_folder(work.model)
     words = load_tokenizer(source, trust_remote_code=trust_remote_code)
     items = {name: read_items(path) for name, path in work.probes.items()}
@@ -172,6 +183,10 @@ def continue_to_folder(
         dtype, parameters = network.dtype, sum(p.numel() for p in network.parameters())
         options = _fit(options, network, parameters)
         numbers = data.plan(counts, general, share, options)
+        for arm in arms:  # what an arm lacks is said now, not when those before it are trained
+            numbers.stream(arm, sources, options.block_size, options.seed)
+            with frozen(network, frozen_part(arm), numbers.frozen):
+                pass
         probes = {
             name: ChoiceAccuracy(found, words, batch_size=4 * options.batch_size) for name, found in items.items()
         }
@@ -431,6 +446,14 @@ def advice(results: Sequence[Mapping[str, Any]]) -> str:
             f"{other['tokens']:,} tokens."
         )
     return text
+
+
+def _join_processes(options: TrainingOptions) -> None:
+    """Forms the process group, if there is one to form: the others wait long while the leader ranks a large domain."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=resolve_device(options.device).type == "cpu", timeout=datetime.timedelta(days=7))
 
 
 def _wait_for_leader() -> None:
