@@ -50,6 +50,30 @@ def test_long_prompts_lose_their_middle():
         fit(tiny_model("llama", vocab_size=50), byte_tokenizer(), tasks, 64)
 
 
+def test_labels_that_differ_in_punctuation_alone_are_refused():
+    rows = [Example("x", "1"), Example("y", "-1")]
+    with pytest.raises(UserError, match="Task t: .* labels '1' and '-1' are the same"):
+        fit(tiny_model("llama"), byte_tokenizer(), [Task("t", rows, rows, ("1", "-1"))], 64)
+    fit(tiny_model("llama"), byte_tokenizer(), [Task("t", rows, rows, ("Yes", "yes", "no"))], 64)
+
+
+def test_a_checkpoints_own_generation_settings_do_not_decide_an_answer():
+    model = tiny_model("llama").eval()
+    examples = [Example("x" * (3 * i), "?") for i in range(1, 6)]
+
+    def written():
+        ids = torch.tensor([ENCODER.prompt(examples[0])])
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
+        return ENCODER.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    plain = written()
+    model.generation_config.repetition_penalty = 1e6
+    model.generation_config.no_repeat_ngram_size = 1
+    assert written() != plain
+    known = [Example(examples[0].prompt, plain)]
+    assert correct(model, ENCODER, known, new_tokens=8, batch_size=1) == 1
+
+
 def test_an_article_is_an_answer():
     assert normalise(" A.\n") == "a"
     assert normalise("Science  or Technology") == normalise("science or technology")

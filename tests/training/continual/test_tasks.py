@@ -142,6 +142,9 @@ def test_worlds_are_streams(tmp_path):
         ("tasks: [{name: a, train: a.jsonl, test: c.jsonl}]", "say label_field"),
         ("tasks: [{name: a, train: nowhere.jsonl, test: a.jsonl}]", "nowhere"),
         ("tasks: [{name: a, train: a.jsonl, test: a.jsonl, test_limit: 0}]", "Task a has no test split"),
+        ("tasks: [{name: a, train: a.jsonl, test: a.jsonl, limit: few}]", "limit should be .* rows, not 'few'"),
+        ("tasks: [{name: a, train: a.jsonl, test: a.jsonl}]\ntest_limit: -1", "test_limit should be a number of rows"),
+        ("tasks: [{name: a, train: d.jsonl, test: a.jsonl}]", "d.jsonl:2 has no label .'answer' is null"),
         ("benchmark: .", "no <group>/<task>/labels.json"),
         ("world: only", "has no test.jsonl"),
     ],
@@ -150,6 +153,7 @@ def test_faults_are_one_sentence(tmp_path, text, message):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "answer": "x"}\n{"text": "two", "answer": "y"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "one", "answer": "z"}\n')
     (tmp_path / "c.jsonl").write_text('{"text": "one", "kind": "z"}\n')
+    (tmp_path / "d.jsonl").write_text('{"text": "one", "answer": "x"}\n{"text": "two", "answer": null}\n')
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "train.jsonl").write_text('{"task": "a", "text": "one", "label": "x"}\n')
     (tmp_path / "stream.yaml").write_text(text)

@@ -418,6 +418,11 @@ def test_overlap_of_tasks():
     low, high = ([{"input_ids": torch.randint(a, b, (4, 12))}] for a, b in ((3, 60), (180, 259)))
     one, two = top_rows(model, low), top_rows(model, high)
     assert not model.training
+    model.train()
+    model.model.layers[0].eval()  # such as one that is held still
+    assert all(torch.equal(rows, one[name]) for name, rows in top_rows(model, low).items())
+    assert model.training
+    assert not model.model.layers[0].training
     assert set(row_overlap(one, one).values()) == {1.0}
     found = row_overlap(one, two)
     assert found.keys() == one.keys()

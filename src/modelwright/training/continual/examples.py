@@ -98,8 +98,10 @@ def fit(
     """Returns an encoder whose prompts and answers fit the model, and the tokens of the longest answer.
 
     Raises:
-        UserError: Not even answers fit, or the tokenizer is another model's.
+        UserError: Not even answers fit, the tokenizer is another model's, or two labels would count as one.
     """
+    for task in tasks:
+        _check_labels(task)
     encoder = Encoder(tokenizer, max_tokens)
     answers = [
         encoder.answer(answer) for answer in sorted({a for task in tasks for a in {*task.labels, *_answers(task)}})
@@ -116,6 +118,17 @@ def fit(
             f"The tokenizer gives token {top}, but the model knows only {vocabulary}: it is another model's."
         )
     return encoder, longest
+
+
+def _check_labels(task: Task) -> None:
+    seen: dict[str, str] = {}
+    for label in task.labels:
+        other = seen.setdefault(normalise(label), label)
+        if other.lower().split() != label.lower().split():
+            raise UserError(
+                f"Task {task.name}: answers are compared without punctuation, and its labels '{other}' and '{label}' "
+                f"are the same then: name one of them otherwise, such as 'negative' for '-'."
+            )
 
 
 def _answers(task: Task) -> set[str]:
@@ -140,6 +153,13 @@ def correct(
     config = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
+        # Set, so that a checkpoint's generation_config.json does not decide: a penalty on repetition, as chat models
+        # have it, would fall on the labels that the prompt lists.
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
+        min_new_tokens=0,
         eos_token_id=encoder.tokenizer.eos_token_id,
         pad_token_id=encoder.padding,
     )

@@ -113,7 +113,7 @@ def read_stream(path: str | Path) -> list[Task]:
     if len(kinds) != 1:
         raise UserError(f"{path} should have one of: tasks (a list), benchmark (a folder), world (a folder).")
     base = path.parent
-    limits = {key: raw.get(key) for key in ("limit", "test_limit")}
+    limits = {key: _limit(raw, key, str(path)) for key in ("limit", "test_limit")}
     if kinds == ["world"]:
         return _limited(world_tasks(base / str(raw["world"])), **limits)
     if kinds == ["benchmark"]:
@@ -136,6 +136,13 @@ def read_stream(path: str | Path) -> list[Task]:
         tasks.append(_read_task(entry, base, f"{path}: task {number + 1}"))
     check_tasks(tasks)
     return tasks
+
+
+def _limit(entry: Mapping[str, Any], key: str, where: str) -> int | None:
+    value = entry.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise UserError(f"{where}: {key} should be a number of rows, not {value!r}.")
+    return value
 
 
 def _limited(tasks: list[Task], limit: int | None, test_limit: int | None) -> list[Task]:
@@ -170,8 +177,8 @@ def _read_task(entry: Mapping[str, Any], base: Path, where: str) -> Task:
         split: _rows(_sources(source, base), name, entry.get("text_field"), entry.get("label_field"))
         for split, source in files.items()
     }
-    train = splits["train"][: entry.get("limit")]
-    test = splits["test"][: entry.get("test_limit")]
+    train = splits["train"][: _limit(entry, "limit", where)]
+    test = splits["test"][: _limit(entry, "test_limit", where)]
     return make_task(name, train, test, labels=labels, instruction=entry.get("instruction"))
 
 
@@ -186,6 +193,8 @@ def _rows(sources: list[str], name: str, text: str | None, label: str | None) ->
     text = text or _named(first, _TEXTS, name, "text_field")
     label = label or _named(first, _ANSWERS, name, "label_field")
     for record in Records(sources, text, field_option="text_field"):
+        if record.row.get(label, "") is None:
+            raise UserError(f"Task {name}: {record.where} has no label ('{label}' is null): leave the row out.")
         if label not in record.row:
             raise UserError(f"Task {name}: {record.where} has no field '{label}': name it with label_field.")
         found.append((record.text, str(record.row[label])))

@@ -45,13 +45,14 @@ def top_rows(
 @contextlib.contextmanager
 def _watched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients on, which is when a mask looks; no graph is kept beyond a batch."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.enable_grad():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def row_overlap(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -26,8 +26,9 @@ class StabilityGapCallback(TrainerCallback):
 
     Give it to the trainer's constructor: there it sees the weights from before a checkpoint is loaded. Rows are kept in
     ``trainer.state.log_history``, so a run that is resumed has those of its first part. Probes see the model in
-    evaluation mode, without gradients and without autocast, and must not draw random numbers: then training is the same
-    with and without them. In a distributed run every process runs them, on the whole model.
+    evaluation mode and without gradients, in the precision of the run (``bf16=True`` wraps the model's forward pass),
+    and must not draw random numbers: then training is the same with and without them. In a
+    distributed run every process runs them, on the whole model.
 
     Args:
         probes: Name to a function of the model whose result is better if higher, such as an accuracy.
@@ -135,7 +136,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        # The trainer may be inside autocast of its own; scores are of the weights as they are.
+        # A loop of one's own may be inside autocast; a trainer's bf16 is in the model's forward method instead.
         with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
             yield
     finally:

@@ -78,7 +78,7 @@ def read_mixture(path: str | Path, replace: Sequence[str] = ()) -> tuple[list[Ge
             raise UserError(f"{path}: the source '{source.name}' has a rate of {source.rate:g} but no data.")
     share = math.fsum(s.rate for s in sources if s.name in replaced)
     if share <= 1e-9:
-        raise UserError(f"{path}: the sources that the domain replaces have a rate of 0: nothing is left for the domain.")
+        raise UserError(f"{path}: what the domain replaces has a rate of 0, so nothing is left for the domain.")
     return kept, share
 
 
