@@ -30,6 +30,8 @@ def test_sizes():
     assert 259 < len(BPE) <= 300
     with pytest.raises(UserError, match="too small"):
         train_bpe(TEXTS, 100)
+    with pytest.raises(UserError, match="min_frequency is -1"):
+        train_bpe(TEXTS, 300, min_frequency=-1)
     with pytest.raises(UserError, match="no text"):
         train_bpe([], 300)
 

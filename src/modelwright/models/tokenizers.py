@@ -36,12 +36,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) 
         min_frequency: A pair must be seen this often to be merged.
 
     Raises:
-        UserError: The vocabulary is too small, or there is no text.
+        UserError: The vocabulary or the frequency is too small, or there is no text.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
         raise UserError(f"A vocabulary of {vocab_size} is too small: {SMALLEST} hold the bytes and the special tokens.")
+    if min_frequency < 0:
+        raise UserError(f"min_frequency is {min_frequency}: give at least 0.")
     seen = 0
 
     def counted() -> Iterator[str]:

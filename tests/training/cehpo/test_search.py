@@ -228,6 +228,7 @@ def test_bad_spaces():
         (lambda: Normal(2, 1), "low < high"),
         (lambda: Normal(0.5, 3.5, whole=True), "whole bounds"),
         (lambda: Normal(1, 2, std=0.0), "above 0"),
+        (lambda: Normal(1, 2, least_std=0.0), "above 0"),
         (lambda: log_normal(0, 1), "above 0"),
     ):
         with pytest.raises(UserError, match=message):

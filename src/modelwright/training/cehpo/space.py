@@ -143,9 +143,9 @@ class Normal:
         for name, value in (("mean", (low + high) / 2), ("std", (high - low) / 2), ("least_std", (high - low) / 100)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        assert self.std is not None
-        if not 0 < self.std < math.inf:
-            raise UserError(f"The standard deviation of a range is above 0, not {self.std}.")
+        for deviation in (self.std, self.least_std):
+            if deviation is None or not 0 < deviation < math.inf:
+                raise UserError(f"The standard deviation of a range, and its least, are above 0, not {deviation}.")
 
     def _line(self, value: float) -> float:
         return math.log(value) if self.log else float(value)
