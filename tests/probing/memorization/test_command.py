@@ -13,7 +13,7 @@ from modelwright.errors import UserError
 from modelwright.models.loading import save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.models.tokenizers import train_bpe
-from modelwright.probing.memorization import TokenCorpus, audit, part_perplexities
+from modelwright.probing.memorization import Partition, TokenCorpus, audit, part_perplexities, search, summary
 from modelwright.probing.memorization.features import COLUMNS
 from modelwright.progress import Silent
 from modelwright.verbs.probe_memorization import ProbeMemorization
@@ -100,6 +100,20 @@ def test_the_page_escapes_the_corpus_and_shows_each_class(done):
         assert re.search(f"<summary>{category}: .* \\([1-9] shown", page)
     assert page.count("<svg") >= 2
     assert "Her code is" in page
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_page_says_what_the_search_found(made, tmp_path, monkeypatch, refused):
+    def found(table, **options):
+        if refused:
+            raise UserError("There are too few memorised sequences.")
+        best = Partition("frequency_mean", table["frequency_mean"].median(), "is_templating", 1.0)
+        return search.PartitionSearch(best, 0.625, pd.DataFrame(index=range(18)))
+
+    monkeypatch.setattr(summary, "search_partition", found)
+    command(made, tmp_path / "out", search=True).run(Silent())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("too few memorised" if refused else "else is_templating &gt;= 1: F1 0.625 on validation rows") in page
 
 
 def test_words_are_masked_long_texts_cut_and_examples_left_out(made, tmp_path):
