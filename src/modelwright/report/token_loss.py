@@ -45,7 +45,9 @@ def render_audit(result: Mapping[str, Any], output: Path, *, title: str, force: 
         f"{_number(result['balanced'])}, {_times(result['balanced'], result['average'])} of it."
     ]
     if result["gap"] is not None:
-        answers.append(f"The rarest bin's loss is {_number(result['gap'])} nats above that of the most frequent one.")
+        side = "above" if result["gap"] >= 0 else "below"
+        size = _number(abs(result["gap"]))
+        answers.append(f"The rarest bin's loss is {size} nats {side} that of the most frequent one.")
     if against is not None:
         series.append(("compared with", [(r["label"], r["reference"], None, None) for r in against["bins"]]))
         answers.append(

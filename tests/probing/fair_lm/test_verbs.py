@@ -11,6 +11,7 @@ from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.models.tokenizers import train_bpe
 from modelwright.probing.fair_lm import TokenLossReport, measure_documents
 from modelwright.progress import Silent
+from modelwright.report.token_loss import render_audit
 from modelwright.verbs.probe_token_counts import TokenCountsVerb
 from modelwright.verbs.probe_token_loss import TokenLoss
 
@@ -68,6 +69,12 @@ def test_everything_at_once(folder, tmp_path):
     assert "Learning speed" in html
     with pytest.raises(UserError, match="exists already"):
         verb(folder, page=files["page"]).run(Silent())
+
+
+@pytest.mark.parametrize(("gap", "said"), [(1.25, "1.250 nats above"), (-0.5, "0.500 nats below")])
+def test_the_page_says_on_which_side_rare_types_are(folder, tmp_path, gap, said):
+    found = verb(folder, output=tmp_path / "o.json").run(Silent()) | {"gap": gap, "software": {}}
+    assert said in render_audit(found, tmp_path / "p.html", title="t").read_text()
 
 
 def test_without_files_the_result_is_what_is_printed(folder):
