@@ -254,3 +254,11 @@ def test_the_model_itself_is_left_alone():
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert not any(hooks)
     assert len(list(itertools.chain(roles(model).layers))) == 2
+
+
+def test_no_model_shares_memory_with_the_one_it_came_from():
+    model = made("llama", tie_word_embeddings=True)
+    small = shrink(model, masks_of(model))
+    for one, other in ((small, model), (to_plain(small), small)):
+        theirs = {p.untyped_storage().data_ptr() for p in other.parameters()}
+        assert not theirs & {p.untyped_storage().data_ptr() for p in one.parameters()}

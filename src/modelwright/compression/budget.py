@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from modelwright.compression.selections import Layout, Masks
+from modelwright.compression.selections import Block, Layout, Masks
 from modelwright.errors import UserError
 
 
@@ -19,6 +19,17 @@ def check_ratio(ratio: float) -> None:
     """
     if not 0 < ratio < 1:
         raise UserError(f"The ratio is the share of the blocks' parameters to keep, between 0 and 1, not {ratio:g}.")
+
+
+def check_round(blocks: Iterable[Block], round_to: int) -> None:
+    """Refuses a multiple that no width can be.
+
+    Raises:
+        UserError: It is below 1, or above the width of the residual stream or of an MLP.
+    """
+    most = min(min(block.hidden, block.middle) for block in blocks)
+    if not 1 <= round_to <= most:
+        raise UserError(f"Widths cannot be rounded to multiples of {round_to}: give 1 to {most}.")
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,10 @@ def choose(layout: Layout, scores: Sequence[torch.Tensor], ratio: float, round_t
             in their order by ``round_to`` at a time, with their mean as score. Heads are never bundled.
 
     Raises:
-        UserError: The ratio is no share, or ``round_to`` is below 1.
+        UserError: The ratio is no share, or ``round_to`` is below 1 or above a width.
     """
     check_ratio(ratio)
-    if round_to < 1:
-        raise UserError(f"Widths cannot be rounded to multiples of {round_to}: give 1 or more.")
+    check_round(layout.blocks, round_to)
     units = sorted(_units(layout, scores, round_to), key=lambda unit: -unit.score)  # sorted() is stable
     target = ratio * layout.total
 

@@ -59,6 +59,9 @@ def shrink(model: PreTrainedModel, masks: Masks, pruning: Mapping[str, Any] | No
 
 
 def _build(cls: Any, config: Any, weights: dict[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
+    # What was not cut is copied: training the new model must not train the given one.
+    given = {tensor.untyped_storage().data_ptr() for tensor in like.state_dict().values()}
+    weights = {n: v.clone() if v.untyped_storage().data_ptr() in given else v for n, v in weights.items()}
     with quiet():
         # The way a checkpoint is loaded, without the files: the model is never made at its full size.
         made, info = cls.from_pretrained(

@@ -58,7 +58,7 @@ class Prune:
         """Prunes, measures, and writes model and report; returns parameters, perplexity and speed before and after."""
         import torch
 
-        from modelwright.compression.budget import check_ratio
+        from modelwright.compression.budget import check_ratio, check_round
         from modelwright.compression.selections import blocks_of
         from modelwright.data.records import Records
         from modelwright.errors import UserError
@@ -72,6 +72,8 @@ class Prune:
             raise UserError(
                 "--batch-size, --test-limit, --speed-batch, --speed-length and --round-to must be at least 1."
             )
+        if self.seed < 0:
+            raise UserError(f"--seed must be 0 or more, not {self.seed}.")
         self._check()
         measure_tasks = self._tasks()
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
@@ -80,6 +82,7 @@ class Prune:
         if self.round_to is None:
             # Odd widths cost matrix products a fifth of their speed; in narrow models eight are too large a step.
             self.round_to = 8 if blocks[0].hidden >= 512 else 1
+        check_round(blocks, self.round_to)
         self._records = Records(self.data, self.text_field)  # one for all: standard input can be read only once
         texts, said = self._texts()
         from modelwright.compression.calibration import CalibrationBatches

@@ -174,6 +174,30 @@ def test_bfloat16():
     assert torch.isfinite(small(input_ids=torch.arange(3, 15)[None]).logits).all()
 
 
+def test_in_float16_the_gradients_of_long_blocks_do_not_vanish():
+    ids = torch.randint(3, 259, (1, 512), generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.01)  # as small as in models of thousands of dimensions
+        search = SelectionSearch(model.to(dtype), config(network="none", penalty=1e-12))
+        with search.attached():
+            search(ids)["loss"].backward()
+        found.append(torch.cat([p.grad for p in search.hypernetwork.parameters()]))
+    assert found[0].abs().max() < 1e-5
+    assert torch.allclose(found[1], found[0], rtol=0.05, atol=0.02 * float(found[0].abs().max()))
+
+
+def test_a_gradient_that_is_no_number_stops_it():
+    model = tiny_model("llama")
+    pruner = DispPruner(model, config())
+    pruner.search.hypernetwork.heads[0].weight.register_hook(lambda gradient: gradient / 0)
+    with pytest.raises(UserError, match="gradient is not finite at step 1"):
+        pruner.fit(batches(model))
+    assert all(torch.isfinite(own).all() for own in pruner.scores())
+
+
 def test_padding_counts_for_nothing():
     model = tiny_model("llama")
     search = SelectionSearch(model, config())
@@ -245,6 +269,7 @@ def test_batches_that_end_are_read_again_and_an_empty_loader_is_refused():
         ({"round_to": 0}, "round_to must be at least 1"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"lr": math.nan}, "lr must be above 0"),
+        ({"lr": math.inf}, "lr must be above 0, and finite"),
     ],
 )
 def test_bad_settings(options, message):

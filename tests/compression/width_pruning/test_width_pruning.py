@@ -100,6 +100,8 @@ def test_a_rotation_without_slicing_changes_nothing(family, monkeypatch):
 def test_slicing_counts_what_it_adds_saves_loads_and_generates(family, tmp_path):
     model = made(family)
     small = slice_model(model, 0.6, BATCHES)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not own & {p.untyped_storage().data_ptr() for p in small.parameters()}  # biases too
     matrices = [p for name, p in small.named_parameters() if ".layers." in name and p.ndim == 2]
     assert sum(p.numel() for p in matrices) == small.config.pruning["block_parameters"]
     total = sum(block.total for block in blocks_of(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -71,5 +72,5 @@ class DispPruningConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("temperature", "lr", "penalty"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, not {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0, and finite, not {getattr(self, name)}.")

@@ -126,9 +126,19 @@ class SelectionSearch(nn.Module):
         if labels is None:
             mask = inputs.get("attention_mask")
             labels = input_ids if mask is None else _labels(input_ids, mask)
-        self._gates.values = self.layout.spread(gates)
+        if self.model.dtype == torch.float16 and torch.is_grad_enabled():
+            # The gradient of a mean over many tokens vanishes in float16: within the model, that of their sum flows.
+            tokens = max(1, int((labels[:, 1:] != -100).sum()))
+            applied = [gate.view_as(gate) for gate in gates]
+            for gate in applied:
+                gate.register_hook(lambda gradient: gradient / tokens)
+        else:
+            tokens, applied = 1, gates
+        self._gates.values = self.layout.spread(applied)
         found = self.model(input_ids=input_ids, labels=labels, use_cache=False, **inputs)
         loss = found.loss.float()
+        if tokens > 1:
+            loss.register_hook(lambda gradient: gradient * tokens)
         return {
             "loss": loss + self.settings.penalty * penalty.to(loss.device),
             "cross_entropy": loss.detach(),
@@ -206,6 +216,11 @@ class DispPruner:
                     )
                 self.optimizer.zero_grad(set_to_none=True)
                 found["loss"].backward()
+                if not all(p.grad is None or p.grad.isfinite().all() for p in self.search.hypernetwork.parameters()):
+                    raise UserError(
+                        f"The gradient is not finite at step {self.step + 1}: it overflows in this dtype (try bfloat16 "
+                        "or float32)."
+                    )
                 self.optimizer.step()
                 self.step += 1
                 self.history.append((loss, float(found["share"]), float(found["penalty"])))

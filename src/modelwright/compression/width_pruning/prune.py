@@ -50,9 +50,12 @@ def width_masks(
         seed: Of ``random``.
 
     Raises:
-        UserError: The model cannot be pruned, there is no such method, or no calibration text where it is needed.
+        UserError: The model cannot be pruned, there is no such method, no calibration text where it is needed, or the balance
+            is no share.
     """
     layout = Layout.of(blocks_of(model), mode)
+    if not -1 <= balance <= 1:
+        raise UserError(f"The balance is a share, from -1 to 1, not {balance:g}.")
     if method == "random":
         scores = random_scores(layout, seed)
     elif method == "magnitude":

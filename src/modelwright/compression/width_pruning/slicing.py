@@ -243,9 +243,11 @@ def _rotated(model: PreTrainedModel, axes: list[torch.Tensor]) -> dict[str, torc
     """The model's weights in the new axes, with the norms' weights moved into the maps that read them."""
     parts: Any = roles(model)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    given = set(weights)
 
     def put(name: str, value: torch.Tensor) -> None:
         weights[name] = value.to(model.dtype).contiguous()
+        given.discard(name)
 
     def reads(projection: Any, norm: Any, basis: torch.Tensor) -> None:
         put(f"{projection.name}.weight", projection.weight().double().cpu() * norm.weight.double().cpu() @ basis)
@@ -267,4 +269,6 @@ def _rotated(model: PreTrainedModel, axes: list[torch.Tensor]) -> dict[str, torc
         put(f"{layer.name}.mlp_shortcut.weight", after.T @ between)
     put("model.embed_tokens.weight", parts.embedding.weight.double().cpu() @ axes[0])
     put("lm_head.weight", parts.head.weight.double().cpu() * parts.final_norm.weight.double().cpu() @ axes[-1])
+    for name in given:  # biases: as they were, but copies, so that training this model does not train the given one
+        weights[name] = weights[name].clone()
     return weights
