@@ -106,6 +106,8 @@ class Generate:
         if self.cache is not None:
             parts = dataclasses.replace(parts, cache=read_cache(self.cache))
         if self.cache_plot is not None:
+            if parts.cache is None:
+                raise UserError("--cache-plot draws the memory of a cache by level: name one, such as --cache saq.")
             check_plot(self.cache_plot, self.force)
         if self.compare:
             if not parts.all:

@@ -308,6 +308,7 @@ def test_kivi_is_the_staircase_of_two_levels():
         ({"levels": (16, 2, 4)}, "must fall with age"),
         ({"levels": (16, 4, 4)}, "must fall with age"),
         ({"levels": (16, 3)}, "3 bits cannot be packed"),
+        ({"levels": (16, 8.0)}, "8.0 bits cannot be packed"),
         ({"levels": (8, 4)}, "the first must be 16"),
         ({"levels": ()}, "the first must be 16"),
         ({"levels": (16, 1), "segment_length": 4, "group_size": 4}, "does not fill whole bytes"),

@@ -106,6 +106,29 @@ def test_sixteen_bits(dtype):
     assert cache.layers[0].keys.dtype == dtype
 
 
+def test_compiled_attention_is_given_plain_tensors():
+    """flex_attention is compiled, which no other tensors go into."""
+    model, states = tiny_model("llama"), torch.randn(2, 1, 2, 40, 8)
+    found = {}
+    for name in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(name)
+        cache = cache_for(model)
+        cache.update(*states, 0)
+        found[name] = cache.update(*states[..., :1, :], 0)
+    assert all(isinstance(s, StoredStates) for s in found["sdpa"])
+    for plain, stored in zip(found["flex_attention"], found["sdpa"], strict=True):
+        assert type(plain) is torch.Tensor
+        assert torch.equal(plain, stored.dequantised())
+
+
+def test_autocast():
+    model, ids = tiny_model("llama"), prompt()
+    expected = logits(model, ids, cache_for(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model, ids, cache_for(model))
+    assert float((found.float() - expected).abs().max()) < 0.1
+
+
 def test_a_prompt_in_pieces():
     """Many queries at once over packed states, causal among themselves, as with dequantised ones."""
     model = tiny_model("llama")
@@ -224,6 +247,8 @@ def test_generate_with_a_named_cache(tmp_path):
     assert any("bits" in line and "all" in line for line in said.lines)
     with pytest.raises(UserError, match="exists"):
         generate(given, cache_plot=plot, force=False)
+    with pytest.raises(UserError, match="name one, such as --cache saq"):
+        generate(None, cache_plot=tmp_path / "other.svg", force=True)
     for name in ("kivi-2: {residual_length: 16, group_size: 8}", "kivi-4: {group_size: 8}", "dynamic"):
         assert ("cache_memory" in generate(name, force=True)) == name.startswith("kivi")
     # With a method that has a loop of its own.

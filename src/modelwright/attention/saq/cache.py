@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from modelwright.attention.saq.layer import StaircaseLayer
 from modelwright.attention.saq.memory import Level
+from modelwright.attention.saq.stored import StoredStates
 from modelwright.errors import UserError
 from modelwright.kernels.packed import BITS
 
@@ -70,6 +71,17 @@ class StaircaseQuantizedCache(Cache):
             raise UserError(f"metadata is {metadata}: give torch.float16 or torch.float32.")
         steps = self.levels, segment_length, group_size, metadata
         super().__init__(layers=[StaircaseLayer(*steps) for _ in range(config.num_hidden_layers)])
+        self._config = config
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds a layer's tokens, and returns all its keys and values: see :meth:`StaircaseLayer.update`."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if getattr(self._config, "_attn_implementation", None) == "flex_attention":
+            # It is compiled, and compiled code takes plain tensors only.
+            keys, values = (s.dequantised() if isinstance(s, StoredStates) else s for s in (keys, values))
+        return keys, values
 
     def memory_by_level(self) -> list[Level]:
         """Returns tokens and bytes of each number of bits in use, the most bits first, of all layers together."""
@@ -155,7 +167,7 @@ def check_steps(levels: Sequence[int], segment_length: int, group_size: int) -> 
             raise UserError(f"{name} is {value!r}: give a whole number from 1 to {_LONGEST}.")
     if not levels or levels[0] != 16:
         raise UserError(f"levels are {levels}: the first must be 16, which stands for tokens as they came.")
-    if unknown := [bits for bits in levels[1:] if bits not in BITS]:
+    if unknown := [bits for bits in levels[1:] if type(bits) is not int or bits not in BITS]:
         raise UserError(f"levels are {levels}: {unknown[0]!r} bits cannot be packed; give 8, 4, 2 or 1 after 16.")
     if any(a <= b for a, b in itertools.pairwise(levels)):
         raise UserError(f"levels are {levels}: bits must fall with age, such as (16, 8, 4, 2).")

@@ -263,5 +263,9 @@ def _joined(pairs: Sequence[tuple[Packed, Packed]]) -> tuple[Packed, Packed]:
 
 
 def _cat(parts: Sequence[Packed]) -> Packed:
-    codes, scale, minimum = (torch.cat([getattr(part, n) for part in parts], 2) for n in ("codes", "scale", "minimum"))
+    # Autocast knows no float16 on a CPU, and would not join it.
+    with torch.autocast(parts[0].codes.device.type, enabled=False):
+        codes, scale, minimum = (
+            torch.cat([getattr(part, n) for part in parts], 2) for n in ("codes", "scale", "minimum")
+        )
     return replace(parts[0], codes=codes, scale=scale, minimum=minimum)
