@@ -127,18 +127,19 @@ class SelectionSearch(nn.Module):
             mask = inputs.get("attention_mask")
             labels = input_ids if mask is None else _labels(input_ids, mask)
         if self.model.dtype == torch.float16 and torch.is_grad_enabled():
-            # The gradient of a mean over many tokens vanishes in float16: within the model, that of their sum flows.
-            tokens = max(1, int((labels[:, 1:] != -100).sum()))
+            # The gradient of a mean over many tokens vanishes in float16, and that of their sum may overflow: within
+            # the model, a larger one flows, which grows with their number.
+            factor = max(1.0, int((labels[:, 1:] != -100).sum()) / 16)
             applied = [gate.view_as(gate) for gate in gates]
             for gate in applied:
-                gate.register_hook(lambda gradient: gradient / tokens)
+                gate.register_hook(lambda gradient: gradient / factor)
         else:
-            tokens, applied = 1, gates
+            factor, applied = 1.0, gates
         self._gates.values = self.layout.spread(applied)
         found = self.model(input_ids=input_ids, labels=labels, use_cache=False, **inputs)
         loss = found.loss.float()
-        if tokens > 1:
-            loss.register_hook(lambda gradient: gradient * tokens)
+        if factor > 1:
+            loss.register_hook(lambda gradient: gradient * factor)
         return {
             "loss": loss + self.settings.penalty * penalty.to(loss.device),
             "cross_entropy": loss.detach(),

@@ -50,8 +50,8 @@ def width_masks(
         seed: Of ``random``.
 
     Raises:
-        UserError: The model cannot be pruned, there is no such method, no calibration text where it is needed, or the balance
-            is no share.
+        UserError: The model cannot be pruned, there is no such method, no calibration text where it is needed, or the
+            balance is no share.
     """
     layout = Layout.of(blocks_of(model), mode)
     if not -1 <= balance <= 1:
