@@ -64,7 +64,7 @@ class ProbeMemorization:
         from modelwright.data.records import Records
         from modelwright.errors import UserError
         from modelwright.files import atomic_path, check_output
-        from modelwright.models.loading import load_tokenizer
+        from modelwright.models.loading import load_tokenizer, resolve_device, resolve_dtype
         from modelwright.probing.memorization.audit import Audit, AuditOptions
         from modelwright.probing.memorization.corpus import tokenizer_hash
         from modelwright.probing.memorization.summary import MemorizationReport, summarise
@@ -77,6 +77,7 @@ class ProbeMemorization:
             raise UserError("A model is named twice.")
         if min(self.workers, self.batch_size) < 1 or self.bootstrap < 2 or self.examples < 0:
             raise UserError("--workers and --batch-size must be at least 1, --bootstrap 2, --examples 0.")
+        resolve_dtype(self.dtype), resolve_device(self.device)  # refuse what they refuse before the corpus is read
         masked = self._masked()
         options = AuditOptions(
             prompt_len=self.prompt_len, cont_len=self.cont_len, every=self.every, limit=self.limit, sample=self.sample,

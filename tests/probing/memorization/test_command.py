@@ -225,10 +225,17 @@ def test_a_model_that_cuts_text_otherwise_is_refused(made, tmp_path):
 
 
 def test_after_too_long_a_prompt_a_shorter_one_can_be_asked_for(made, tmp_path):
-    for options in ({"prompt_len": 400}, {"every": 0}):
+    for options in ({"prompt_len": 400}, {"every": 0}, {"dtype": "float7"}, {"device": "abacus"}):
         with pytest.raises(UserError):
             command(made, tmp_path / "out", **options).run(Silent())
         assert not list(tmp_path.iterdir())
+
+
+def test_a_file_where_work_is_kept_is_left_alone(made, tmp_path):
+    (tmp_path / "out.partial").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        command(made, tmp_path / "out", force=True).run(Silent())
+    assert (tmp_path / "out.partial").read_text() == "mine"
 
 
 def test_a_corpus_that_could_not_be_read_may_be_mended(made, tmp_path):

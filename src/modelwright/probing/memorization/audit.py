@@ -307,6 +307,8 @@ def _chosen(options: AuditOptions) -> dict[str, Any]:
 def _check_plan(folder: Path, plan: dict[str, Any], force: bool) -> None:
     file = folder / "plan.json"
     plan = json.loads(json.dumps(plan))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, but unfinished work is kept there: move it, or choose another output.")
     if folder.exists() and (not file.exists() or read_json(file) != plan):
         # A plan alone is of a corpus that could not be read: there is nothing to lose.
         if not force and any(entry != file for entry in folder.iterdir()):
