@@ -149,6 +149,8 @@ class Generate:
             progress.message("Memory of the largest cache, by bits:\n" + memory_table(levels))
             if self.cache_plot is not None:
                 plot_memory(levels, self.cache_plot, force=self.force)
+        elif self.cache_plot is not None:
+            progress.message(f"This run has no memory by level, so {self.cache_plot} was not drawn.")
         return summary
 
 

@@ -249,6 +249,8 @@ def test_generate_with_a_named_cache(tmp_path):
         generate(given, cache_plot=plot, force=False)
     with pytest.raises(UserError, match="name one, such as --cache saq"):
         generate(None, cache_plot=tmp_path / "other.svg", force=True)
+    generate("dynamic", cache_plot=tmp_path / "other.svg", force=True)
+    assert "other.svg was not drawn" in said.lines[-1]
     for name in ("kivi-2: {residual_length: 16, group_size: 8}", "kivi-4: {group_size: 8}", "dynamic"):
         assert ("cache_memory" in generate(name, force=True)) == name.startswith("kivi")
     # With a method that has a loop of its own.
