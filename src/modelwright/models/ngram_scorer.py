@@ -121,7 +121,7 @@ class NGramScorer:
         found = np.zeros((3, len(texts)))
         for i, text in enumerate(texts):
             # Each word's value is a float32; their sum here is not.
-            for value, _, unknown in self._kenlm.full_scores(text):
+            for value, _, unknown in self._kenlm.full_scores(text.encode("utf-8", "surrogatepass")):
                 found[:, i] += value, 1, unknown
         return Scores(found[0], found[1].astype(np.int64), found[2].astype(np.int64))
 

@@ -85,8 +85,9 @@ class TrainContinual:
             options.epochs = 1.0
         if options.learning_rate is None:
             options.learning_rate = 1e-4 if self.tuning == "full" else 1e-3
-        if "," in self.lora_targets:
-            targets = tuple(name.strip() for name in self.lora_targets.split(","))
+        targets = tuple(name.strip() for name in self.lora_targets.split(","))
+        # One plain name is a name too: peft would take it for an expression of the whole dotted name.
+        if len(targets) > 1 or targets[0].replace(".", "_").isidentifier():
             options.lora_targets = targets  # type: ignore[assignment]
         return train_stream_to_folder(
             self.tasks,

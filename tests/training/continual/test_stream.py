@@ -187,7 +187,12 @@ def verb(folder, output, **keys):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"with_": ["migu"], "options": {"threshold": 0.5}}, {"tuning": "lora", "lora_targets": "q_proj,v_proj"}]
+    "keys",
+    [
+        {"with_": ["migu"], "options": {"threshold": 0.5}},
+        {"tuning": "lora", "lora_targets": "q_proj,v_proj"},
+        {"tuning": "lora", "lora_targets": "q_proj"},
+    ],
 )
 def test_the_folder_is_a_model_with_its_matrix(folder, tmp_path, keys):
     result = verb(folder, tmp_path / "m", **keys).run(Silent())

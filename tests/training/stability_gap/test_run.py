@@ -187,6 +187,7 @@ def test_every_arm_trains_with_lora_and_equal_tokens(folder):
         ({"frozen_layers": 3, "compare": ["freeze-top"]}, "Freezing 3 of 3 layers would leave none"),
         ({"options": {"min_tokens": 500}}, "No document of the pool has a score"),
         ({"options": {"min_tokens": 17}, "strict": True, "subset_share": 0.9}, "only .* tokens that can be ranked"),
+        ({"lora_rank": -1}, "lora_rank is -1"),
         ({"learning_rate": -1.0}, "learning_rate must be greater than 0"),
     ],
 )
@@ -241,6 +242,17 @@ def test_what_a_later_arm_lacks_is_said_before_the_first_is_trained(folder, monk
     with pytest.raises(UserError, match=message):
         verb(folder, folder / "bad", **keys).run(Silent())
     assert not (folder / "bad.training").exists()
+
+
+def test_adapters_begin_the_same_whatever_was_drawn_before():
+    def first(seed):
+        model = module._with_adapters(tiny_model("llama"), 2, seed)
+        return next(p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n)
+
+    one = first(0)
+    torch.rand(7)
+    assert torch.equal(first(0), one)
+    assert not torch.equal(first(1), one)
 
 
 def test_the_other_processes_have_the_patience_for_a_large_domain(monkeypatch):

@@ -31,6 +31,7 @@ from modelwright.models.loading import (
     write_model,
 )
 from modelwright.models.scoring import context_length
+from modelwright.models.tiny import seeded
 from modelwright.progress import Progress, Silent
 from modelwright.training.causal_lm import train
 from modelwright.training.options import TrainingOptions
@@ -149,6 +150,8 @@ def continue_to_folder(
     check_output(output, force)
     if not work.probes and not work.heldout:
         raise UserError("The gap is measured by probes: give questions (--probe), held-out text (--heldout), or both.")
+    if work.lora_rank < 0:
+        raise UserError(f"lora_rank is {work.lora_rank}: give the rank of the adapters, or 0 to train all weights.")
     if work.select == "perplexity" and not (work.reference or work.select_options.get("model")):
         raise UserError("The ranking needs a reference: give good documents of the domain (--reference).")
     general, share = read_mixture(work.general, work.replace) if work.general else ([], 1.0)
@@ -270,7 +273,7 @@ def _train(
     )
     place = folder / arm
     place.mkdir(exist_ok=True, parents=True)
-    trained = _with_adapters(network, work.lora_rank) if work.lora_rank else network
+    trained = _with_adapters(network, work.lora_rank, options.seed) if work.lora_rank else network
     with frozen(trained, frozen_part(arm), plan.frozen) as still:
         result = train(trained, stream, chosen, folder=place, progress=progress, callbacks=[callback])
     network = trained.merge_and_unload() if work.lora_rank else network
@@ -298,11 +301,14 @@ def _holds_work(folder: Path) -> bool:
     return any(latest_checkpoint(place) or (place / "done.json").is_file() for place in places)
 
 
-def _with_adapters(network: Any, rank: int) -> Any:
+def _with_adapters(network: Any, rank: int, seed: int) -> Any:
     peft = require("peft", "training", "LoRA")
-    return peft.get_peft_model(
-        network, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with seeded(seed):  # the same in every arm, and after a kill, whatever was drawn before
+        try:
+            return peft.get_peft_model(network, config)
+        except ValueError as error:
+            raise UserError(f"LoRA cannot be put on this model: {' '.join(str(error).split())[:300]}") from error
 
 
 def _fit(options: TrainingOptions, network: Any, parameters: int) -> TrainingOptions:
