@@ -159,7 +159,6 @@ def correct(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         min_length=0,
-        min_new_tokens=0,
         eos_token_id=encoder.tokenizer.eos_token_id,
         pad_token_id=encoder.padding,
     )
