@@ -257,3 +257,23 @@ def test_two_processes_train_as_one_of_twice_the_batch(folder, tmp_path):
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=1e-4)
+
+
+def test_the_other_processes_have_the_patience_for_a_large_corpus(monkeypatch):
+    import accelerate
+
+    from modelwright.training import run
+
+    asked = []
+
+    class State:
+        def __init__(self, **keys):
+            asked.append(keys)
+
+        def wait_for_everyone(self):
+            pass
+
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run._wait_for_leader()
+    assert asked[0]["timeout"].days >= 1

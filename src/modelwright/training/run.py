@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -179,4 +180,5 @@ def _wait_for_leader() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        # Long enough for the first to tokenise a large corpus; the usual patience is ten minutes.
+        PartialState(timeout=datetime.timedelta(days=7)).wait_for_everyone()
