@@ -343,3 +343,9 @@ def test_values_of_another_size_than_keys():
     layer = StaircaseLayer(LEVELS, 16, 8)
     with pytest.raises(UserError, match="Values of this model have 12 channels"):
         layer.update(torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4, 12))
+
+
+def test_there_is_no_bound_by_either_name():
+    """Of transformers before 5.16 the second is abstract: without it there would be no cache."""
+    layer = StaircaseQuantizedCache(tiny_config("llama"), group_size=8).layers[0]
+    assert (layer.get_max_length(), layer.get_max_cache_shape()) == (-1, -1)

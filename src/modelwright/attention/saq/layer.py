@@ -166,6 +166,10 @@ class StaircaseLayer(CacheLayerMixin):
         """Returns -1: there is no bound."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The same, by the name that older versions of transformers ask for."""
+        return -1
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes tokens out again, the newest first.
 
