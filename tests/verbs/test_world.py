@@ -14,6 +14,8 @@ SMALL = {
     "domains": {"pool_size": 20},
     "graded": {"level_size": 10},
     "facts": {"people": 10},
+    "analogies": {"sentences": 20, "questions": 5},
+    "memorized": {"copies": [1, 2], "bases": [8, 4], "templates": 5},
     "retrieval": {"lengths": [400]},
     "pictures": {"pool_size": 30, "reference_size": 5, "heldout_size": 5},
     "fact_pairs": {"people": 10, "reference_size": 5},

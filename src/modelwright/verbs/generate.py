@@ -48,8 +48,7 @@ class Generate:
         Path | None,
         Arg(
             "With --cache saq or kivi: also draw its memory by level (.svg, .png, .pdf).",
-            kind="output",
-            filename="memory.svg",
+            kind="output",  # without a name: a recipe draws none
         ),
     ] = None
     compare: Annotated[
