@@ -13,7 +13,7 @@ def test_the_claim_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     claim = load_claim(find(name))
     check_claim(claim)
-    document = run_claim(claim, "miniature", None, 1, Silent(), cache=tmp_path)
+    document = run_claim(claim, "miniature", [0], 1, Silent(), cache=tmp_path)
     assert set(document["summary"]) == set(claim.variants)
     assert all(len(options) > 0 for options in [document["prepared"]["options"]])
     if name == "hallueditbench":

@@ -47,7 +47,7 @@ SETTINGS = {
         FactModelSetting(
             people=16, companies=6, cities=8, countries=5, hidden=16, intermediate=32, layers=3, steps=3, batch=8
         ),
-        (10, 20, 30), 5, 10,
+        (10, 20, 30), 2, 10,
     ),
     "cpu": Setting(FactModelSetting(), (10, 50, 100), 50, 20),
     "gpu": Setting(
