@@ -56,6 +56,16 @@ def make_part(cls: Any, name: str, options: Mapping[str, Any] | None = None) -> 
     return cls(**values)
 
 
+def check_limit(limit: int | None, option: str = "--limit") -> None:
+    """Checks "use only so many", where None means all.
+
+    Raises:
+        UserError: It is less than 1.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"{option} is {limit}: give at least 1, or leave it out.")
+
+
 def _convert(value: Any, hint: Any, what: str) -> Any:
     """Converts a value to an option's type, or says which type is expected."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from modelwright.options import Arg
+from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
 
 
@@ -101,6 +101,7 @@ class Generate:
         sampling.check()
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"At temperature 0 all {self.samples} samples of a prompt would be the same: give another.")
+        check_limit(self.limit)
         parts = read_parts(self.with_)
         if self.cache is not None:
             parts = dataclasses.replace(parts, cache=read_cache(self.cache))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from modelwright.options import Arg
+from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
 
 
@@ -56,8 +56,9 @@ class NqSwap:
         check_output(self.output, self.force)
         samples = self.samples or self.output.with_suffix(".samples.jsonl")
         check_output(samples, self.force)
-        if self.batch_size < 1 or self.shots < 0 or (self.limit is not None and self.limit < 1):
-            raise UserError("--batch-size and --limit must be at least 1, and --shots at least 0.")
+        check_limit(self.limit)
+        if self.batch_size < 1 or self.shots < 0:
+            raise UserError("--batch-size must be at least 1, and --shots at least 0.")
         parts = read_parts(self.with_)
         records = Records(self.data, "question")
         rows = list(itertools.islice(prompts(read_questions(records), shots=self.shots), self.limit))

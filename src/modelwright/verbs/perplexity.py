@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from modelwright.options import Arg
+from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
 
 
@@ -51,6 +51,7 @@ class Perplexity:
         if self.samples is not None:
             check_output(self.samples, self.force)
             check_format(self.samples)
+        check_limit(self.limit)
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {self.batch_size}.")
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)

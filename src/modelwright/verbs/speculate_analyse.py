@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from modelwright.options import Arg
+from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
 
 
@@ -69,6 +69,7 @@ class SpeculateAnalyse:
         names = [f.name for f in dataclasses.fields(Sampling) if f.name != "stop"]
         sampling = Sampling(**{name: getattr(self, name) for name in names})
         sampling.check()
+        check_limit(self.limit)
         if self.draft_length < 1:
             raise UserError(f"Drafts need at least 1 token, not {self.draft_length} (--draft-length).")
         records = Records(self.prompts, self.prompt_field, field_option="prompt_field") if self.prompts else ()

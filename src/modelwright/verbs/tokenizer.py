@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from modelwright.options import Arg
+from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
 
 
@@ -44,8 +44,7 @@ class TrainTokenizer:
         if self.method != "swe" and (self.refine or self.prune_from is not None):
             raise UserError("refine and prune_from belong to the method swe: add --method swe, or leave them out.")
 
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit is {self.limit}: give at least 1 document, or leave it out.")
+        check_limit(self.limit)
         check_output(self.output, self.force)
         documents = length = 0
         sample: list[str] = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modelwright.errors import UserError
+from modelwright.options import check_limit
 from modelwright.probing.fair_lm.bins import FrequencyBins, frequency_bins
 from modelwright.probing.fair_lm.counts import TokenCounts
 from modelwright.probing.fair_lm.report import TokenLossReport
@@ -31,8 +32,7 @@ def check_options(options: Any) -> None:
         )
     if options.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {options.batch_size}.")
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit must be at least 1, not {options.limit}.")
+    check_limit(options.limit)
     if options.bootstrap < 0:
         raise UserError(f"--bootstrap must be 0 or more, not {options.bootstrap}.")
     if options.base < 2:

@@ -21,6 +21,7 @@ from modelwright.errors import UserError
 from modelwright.files import atomic_path, read_json, write_json
 from modelwright.models.scoring import context_length
 from modelwright.models.tokenizers import leading_ids
+from modelwright.options import check_limit
 from modelwright.probing.memorization.corpus import TokenCorpus, decode, tokenize_corpus
 from modelwright.probing.memorization.duplicates import token_frequencies
 from modelwright.probing.memorization.extraction import extractability, perplexities, read
@@ -77,8 +78,7 @@ class AuditOptions:
             raise UserError(f"The sample is {self.sample}: give a share above 0 and at most 1.")
         if self.every is not None and self.every < 1:
             raise UserError(f"A sequence every {self.every} tokens cannot be: give at least 1.")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"The limit is {self.limit}: give at least 1 sequence.")
+        check_limit(self.limit)
         if self.seed < 0:
             raise UserError(f"The seed is {self.seed}: give 0 or more.")
 
