@@ -103,7 +103,7 @@ def test_counts_of_another_tokenizer_are_refused(folder, tmp_path):
         ({"counts": "nowhere.parquet"}, "nowhere.parquet does not exist"),
         ({"batch_size": 0}, "--batch-size"),
         ({"bootstrap": -1}, "--bootstrap"),
-        ({"limit": -1}, "--limit must be at least 1"),
+        ({"limit": -1}, "--limit is .*at least 1"),
         ({"base": 1}, "--base"),
     ],
 )
