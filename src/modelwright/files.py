@@ -73,7 +73,7 @@ def _disk_error(error: OSError, path: Path) -> UserError:
     reason = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(
         error.errno or 0, (error.strerror or str(error)).lower()
     )
-    return UserError(f"{path} could not be written: {reason}. Nothing was left behind.")
+    return UserError(f"{path} could not be written: {reason}. Nothing of it was left behind.")
 
 
 def write_json(path: str | Path, value: Any, force: bool = True) -> None:

@@ -184,7 +184,9 @@ def curves(name: str, alt: str, lines: Sequence[Line], x: str, y: str, limits: t
         axes.set_xlabel(printable(x))
         axes.set_ylabel(printable(y))
         axes.xaxis.set_major_formatter(_thousands())
-        axes.locator_params(axis="x", nbins=5)
+        # No quarter of a step, of a token or of a block.
+        whole = all(float(value).is_integer() for line in lines for value in line.x)
+        axes.locator_params(axis="x", nbins=5, integer=whole)
         if limits:
             axes.set_ylim(*limits)
 

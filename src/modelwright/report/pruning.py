@@ -98,13 +98,9 @@ def _widths(found: Mapping[str, Any]) -> str:
     lines, said = [], []
     for series, (kind, label) in enumerate(KINDS.items()):
         shares = [100 * own[kind] / block[kind] for own, block in zip(widths, blocks, strict=True)]
-        if min(shares) == 100:
-            continue
         numbers = list(range(len(shares)))
         lines.append(figures.Line(label, numbers, shares, shares, shares, series))
         said.append(f"{label}: {', '.join(f'{share:.0f}%' for share in shares)}")
-    if not lines:
-        return ""
     return figures.curves(
         "widths", f"Share kept in each block. {'; '.join(said)}.", lines, "block", "kept (%)", (0.0, 104.0)
     )

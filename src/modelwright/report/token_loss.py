@@ -293,7 +293,7 @@ def _by_bin(
         axes.set_xticks(range(len(labels)), [label.replace("[", "").split(",")[0] + "+" for label in labels])
         axes.set_xlabel("training count")
         axes.set_ylabel(y)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * axes.dataLim.y1 or 1)  # room for the marks of a flat line
 
     return figures.draw(name, alt, (430, 300), paint)
 
