@@ -72,6 +72,24 @@ def new_config(
     return config
 
 
+def check_source(
+    model: object | None, architecture: str | None, settings: Mapping[str, Any] | None, tokenizer: object | None
+) -> None:
+    """Checks the options that say what is trained: a checkpoint, or a new model with a tokenizer.
+
+    Raises:
+        UserError: Both or neither is named, a checkpoint's config is to be changed, or a new model has no tokenizer.
+    """
+    if (model is None) == (architecture is None):
+        raise UserError("Give either --model (continue a checkpoint) or --architecture (train from scratch).")
+    if model is not None and settings:
+        raise UserError("--set changes the config of a new model: give it with --architecture, not with --model.")
+    if tokenizer is None and model is None:
+        raise UserError(
+            "A new model needs --tokenizer: make one with `modelwright tokenize train`, or name an existing one."
+        )
+
+
 def _check_causal(config: PreTrainedConfig) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 

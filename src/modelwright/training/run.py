@@ -26,7 +26,7 @@ from modelwright.models.loading import (
     resolve_dtype,
     write_model,
 )
-from modelwright.models.new import new_config, new_model
+from modelwright.models.new import check_source, new_config, new_model
 from modelwright.progress import Progress, Silent
 from modelwright.training.causal_lm import train
 from modelwright.training.options import TrainingOptions
@@ -81,14 +81,7 @@ def train_to_folder(
     check_output(output, force)
     if options.eval_every and not eval_data:
         raise UserError("--eval-every says when to evaluate, but not on what: give --eval-data, or leave it out.")
-    if (model is None) == (architecture is None):
-        raise UserError("Give either --model (continue a checkpoint) or --architecture (train from scratch).")
-    if model is not None and settings:
-        raise UserError("--set changes the config of a new model: give it with --architecture, not with --model.")
-    if tokenizer is None and model is None:
-        raise UserError(
-            "A new model needs --tokenizer: make one with `modelwright tokenizer`, or name an existing one."
-        )
+    check_source(model, architecture, settings, tokenizer)
     source = find_folder(tokenizer if tokenizer is not None else str(model))
     words = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if architecture is not None:

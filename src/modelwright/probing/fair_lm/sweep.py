@@ -25,7 +25,7 @@ from modelwright.models.loading import (
     resolve_dtype,
     write_model,
 )
-from modelwright.models.new import new_config, new_model
+from modelwright.models.new import check_source, new_config, new_model
 from modelwright.probing.fair_lm.bins import frequency_bins
 from modelwright.probing.fair_lm.chunks import ChunkedModel
 from modelwright.probing.fair_lm.counts import TokenCounts, tokenizer_fingerprint
@@ -130,14 +130,7 @@ def sweep_to_folder(
     check_output(output, force)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("A sweep runs in one process: start it without torchrun, one sweep for each device.")
-    if (model is None) == (architecture is None):
-        raise UserError("Give either --model (continue a checkpoint) or --architecture (train from scratch).")
-    if model is not None and settings:
-        raise UserError("--set changes the config of a new model: give it with --architecture, not with --model.")
-    if tokenizer is None and model is None:
-        raise UserError(
-            "A new model needs --tokenizer: make one with `modelwright tokenizer`, or name an existing one."
-        )
+    check_source(model, architecture, settings, tokenizer)
     source = find_folder(tokenizer if tokenizer is not None else str(model))
     words = load_tokenizer(source, trust_remote_code=trust_remote_code)
     config = None if architecture is None else new_config(architecture, settings, words)
