@@ -60,7 +60,10 @@ def test_an_existing_output_is_refused(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="the disk is full. Nothing of it was left behind"), atomic_path(tmp_path / "o") as p:
+    with (
+        pytest.raises(UserError, match="the disk is full. Nothing of it was left behind"),
+        atomic_path(tmp_path / "o") as p,
+    ):
         p.write_text("some")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []

@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
     write(folder / "good.jsonl", [f"the heart of patient {i} pumps blood and the lungs take in air" for i in range(40)])
     write(folder / "code.jsonl", [f"def f{i}(x): return x + {i}" for i in range(60)])
     write(folder / "wiki.jsonl", [f"City {i} lies by the river {i * 3}." for i in range(60)])
+    write(folder / "all.jsonl", [f"{text} {GOOD[0]} and so on for as long as it takes to be long" for text in GOOD[:2]])
     write(folder / "held.jsonl", ["the lungs of a dog take in air too"])
     rows = [
         {"prompt": "2 + 2 =", "choices": ["4", "5"], "answer": 0},
@@ -187,11 +188,14 @@ def test_every_arm_trains_with_lora_and_equal_tokens(folder):
         ({"frozen_layers": 3, "compare": ["freeze-top"]}, "Freezing 3 of 3 layers would leave none"),
         ({"options": {"min_tokens": 500}}, "No document of the pool has a score"),
         ({"options": {"min_tokens": 17}, "strict": True, "subset_share": 0.9}, "only .* tokens that can be ranked"),
+        ({"domain": ["all.jsonl"], "heldout": {"all": "all.jsonl"}}, "All 2 documents of the domain hold text"),
+        ({"subset_share": 1e-6}, "would have none: give more data, or a larger --subset-share"),
         ({"lora_rank": -1}, "lora_rank is -1"),
         ({"learning_rate": -1.0}, "learning_rate must be greater than 0"),
     ],
 )
-def test_mistakes_are_one_sentence_and_leave_nothing(folder, keys, message):
+def test_mistakes_are_one_sentence_and_leave_nothing(folder, keys, message, monkeypatch):
+    monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=message):
         verb(folder, folder / "bad", **keys).run(Silent())
     assert not (folder / "bad").exists()

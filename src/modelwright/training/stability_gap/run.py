@@ -353,7 +353,17 @@ class _Data:
         stream = tokenize(clean(), self.tokenizer, self.folder / "0.bin", self.progress)
         counts |= {"documents": stream.documents, "dtype": str(stream.tokens.dtype)}
         tokens = {DOMAIN: len(stream.tokens)}
+        if not stream.documents:
+            raise UserError(
+                f"All {counts['contaminated']:,} documents of the domain hold text of the probes or of the held-out "
+                f"documents, and are not trained on: measure by text that is not in the domain."
+            )
         target = max(self._subset(tokens[DOMAIN]), self.work.best_tokens or 0)
+        if target < 1:
+            raise UserError(
+                f"A subset of {self.work.subset_share:g} of {tokens[DOMAIN]:,} tokens would have none: give more data, "
+                f"or a larger --subset-share."
+            )
         chosen = self.folder / "subset.jsonl"
         chosen.unlink(missing_ok=True)
         rank = select_records(
