@@ -23,6 +23,8 @@ def test_the_page_says_what_was_forgotten(tmp_path):
         "overlap": {"mean": [[1.0]], "layers": {}, "samples": 1},
     }
     assert "no task was forgotten" in render_continual(kept, tmp_path / "k.html", title="t").read_text()
+    never = {**kept, "accuracy": 0.0, "matrix": {"tasks": ["a"], "rows": [[0.0]]}}
+    assert "it learned none of them" in render_continual(never, tmp_path / "n.html", title="t").read_text()
 
 
 def test_heat_maps_hold_every_number(tmp_path):

@@ -55,6 +55,8 @@ def _headline(result: Mapping[str, Any], tasks: Sequence[str], best: Sequence[fl
     lost = [b - e for b, e in zip(best, last, strict=True)]
     worst = max(range(len(tasks)), key=lambda t: lost[t])
     said = f"After {len(tasks)} tasks the model answers {_percent(result['accuracy'])} of all tests right"
+    if not any(best):
+        return f"{said}: it learned none of them, so there was nothing to forget."
     if lost[worst] <= 0:
         return f"{said}, and no task was forgotten."
     return (

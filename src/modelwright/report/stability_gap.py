@@ -77,6 +77,8 @@ def _draw(name: str, alt: str, lines: Sequence[tuple[int, Sequence[tuple[float, 
             )
         axes.set_xscale("symlog", linthresh=first, linscale=0.3)
         axes.set_xlim(left=0)
+        # Below the first probe the scale is linear and short: a power of ten there would stand on the 0.
+        axes.set_xticks([t for t in axes.get_xticks() if t == 0 or first <= t <= axes.get_xlim()[1]])
         axes.xaxis.set_major_formatter(figures._thousands())
         axes.minorticks_off()
         axes.set_xlabel("tokens")

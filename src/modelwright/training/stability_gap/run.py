@@ -450,10 +450,10 @@ def advice(results: Sequence[Mapping[str, Any]]) -> str:
 
     def fall(numbers: Mapping[str, Any]) -> str:
         if numbers["drop"] <= 0:
-            return "did not fall"
+            return "never got worse"
         back = numbers["tokens_to_recover"]
         end = "did not come back" if back is None else f"was back after {back:,.0f} tokens"
-        return f"fell by {numbers['drop']:.3g} and {end}"
+        return f"got worse by {numbers['drop']:.3g} and {end}"
 
     text = f"With the recipe, {name} {fall(mine)}, ending at {mine['end']:.3g} after {own['tokens']:,} tokens."
     if other is not own:
