@@ -285,7 +285,7 @@ def test_the_advice_names_the_fall_and_the_return():
 
     text = module.advice([arm("plain", drop=0.25, tokens_to_recover=None), arm("stability-gap")])
     assert text == (
-        "With the recipe, qa never got worse, ending at 0.5 after 100 tokens. In the arm 'plain' it got worse by 0.25 and did "
-        "not come back, ending at 0.5 after 100 tokens."
+        "With the recipe, qa never got worse, ending at 0.5 after 100 tokens. In the arm 'plain' it got worse by "
+        "0.25 and did not come back, ending at 0.5 after 100 tokens."
     )
     assert "In the arm" not in module.advice([arm("stability-gap", drop=0.1, tokens_to_recover=40.0)])
