@@ -1,6 +1,7 @@
 """The loss for sentence-transformers: that of its own classes, in one process and in two."""
 
 import copy
+import gc
 import os
 
 import datasets
@@ -203,6 +204,10 @@ def _process(rank, folder, output):
             gradients = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
             found.append((value.item(), torch.cat(gradients)))
     torch.save(found, output / f"{rank}.pt")
+    # The group must not end with the wrapper: torch then joins gloo's thread while it holds Python's lock, and that
+    # thread may be waiting for this lock to drop the last of its work.
+    del loss
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
