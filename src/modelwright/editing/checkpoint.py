@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelwright import files
-from modelwright.editing.edit import Edit, WeightEdit, base_fingerprint, load_edit
-from modelwright.editing.examples import make_examples
+from modelwright.editing.edit import Edit, WeightEdit, base_fingerprint, edits_on, load_edit
+from modelwright.editing.examples import answer_logits, make_examples
 from modelwright.editing.requests import EditRequest
+from modelwright.editing.subject import encode_pair
 from modelwright.errors import UserError
 from modelwright.models.loading import write_model
 from modelwright.models.roles import unwrap
@@ -138,7 +139,14 @@ def says_target(
         part = list(requests[start : start + batch_size])
         pairs = [(edit.prompt(r.text) if edit is not None else r.text, r.target) for r in part]
         examples = make_examples(model, tokenizer, pairs)
+        if any(on.reads_rows for on in edits_on(model)):
+            found += [_says(model, *encode_pair(tokenizer, *pair)) for pair in pairs]
+            continue
         logits = model(**examples.inputs).logits
         wrong = (logits[:, :-1].argmax(-1) != examples.input_ids[:, 1:]) & examples.is_target[:, 1:]
         found += (~wrong.any(1)).tolist()
     return found
+
+
+def _says(model: PreTrainedModel, prompt: list[int], target: list[int]) -> bool:
+    return answer_logits(model, prompt, target).argmax(-1).tolist() == target

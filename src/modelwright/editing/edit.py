@@ -95,10 +95,13 @@ class Edit(ABC):
         requests: What it is for.
         details: What the editor found on the way, JSON-able: losses, layers, norms.
         changes_weights: Whether the model's weights are other ones while it is on.
+        reads_rows: Whether what it does at a token depends on the text behind it too, in the same call: whoever scores
+            an answer must then give the prompt first, in a call of its own and with a cache.
         kind: Name under which :func:`load_edit` finds the class, as a card's ``[provides.edits]`` gives it.
     """
 
     changes_weights: ClassVar[bool] = False
+    reads_rows: ClassVar[bool] = False
     kind: ClassVar[str]
     touched: tuple[str, ...] = ()
 

@@ -118,6 +118,30 @@ def token_divergence(base: torch.Tensor, other: torch.Tensor, attention_mask: to
     return (first.exp() * (first - second)).sum(-1).mean()
 
 
+@torch.no_grad()
+def answer_logits(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+    """Returns what a model predicts in each place of an answer, with the prompt in a call of its own.
+
+    For edits that read whole rows (:attr:`~modelwright.editing.edit.Edit.reads_rows`): they must not see the answer
+    when they decide about the prompt.
+
+    Args:
+        model: A causal language model.
+        prompt: Tokens.
+        answer: Tokens, at least one.
+
+    Returns:
+        (len(answer), vocabulary), float32.
+    """
+    out = model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=True)
+    logits = [out.logits[0, -1:]]
+    if len(answer) > 1:
+        whole = torch.ones(1, len(prompt) + len(answer) - 1, dtype=torch.long, device=model.device)
+        rest = torch.tensor([list(answer[:-1])], device=model.device)
+        logits.append(model(rest, past_key_values=out.past_key_values, attention_mask=whole, use_cache=True).logits[0])
+    return torch.cat(logits).float()
+
+
 def check_finite(loss: float, method: str) -> None:
     """Refuses a loss that is no number: what would be written is nothing, or destroys the model.
 

@@ -285,7 +285,7 @@ class Lessons:
 
     def _lesson(self, pool: Sequence[EditRequest], index: int, step: int) -> Lesson:
         request = pool[index]
-        prompts = [*request.paraphrase_texts()] or [request.text]
+        prompts = [request.text, *request.paraphrase_texts()]
         rest = [r for r in self.training if r.text != request.text and r.subject != request.subject] or [
             r for r in self.training if r.text != request.text
         ]

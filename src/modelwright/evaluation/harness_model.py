@@ -11,6 +11,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modelwright.decoding.parts import Parts, read_parts
+from modelwright.editing.edit import edits_on
+from modelwright.editing.examples import answer_logits
 from modelwright.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,6 +89,20 @@ class MethodLM(HFLM):
         # Padding stands on the right, where no token before it sees it.
         with torch.no_grad():
             return self.applied.log_probs(inps, torch.ones_like(inps))
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        decoder = self.applied.decoder
+        if not (decoder is None or decoder.exact) or not any(edit.reads_rows for edit in edits_on(self.model)):
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        found = []
+        for text, context, answer in requests:  # alone and with a cache: padding and the answer are not to be read
+            kept = [*context, *answer][-(self.max_length + 1) : -len(answer)]
+            log_p = answer_logits(self.model, kept, answer).log_softmax(-1)
+            chosen = log_p.gather(1, torch.tensor(answer, device=log_p.device)[:, None])
+            found.append((float(chosen.sum()), log_p.argmax(-1).tolist() == list(answer)))
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, found[-1])
+        return found
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
         if self.applied.decoder is None:

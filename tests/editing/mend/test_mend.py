@@ -100,7 +100,7 @@ def test_the_functional_copy_is_the_edited_model(family):
 def test_the_training_loss_is_the_formula():
     model = tiny_model("llama")
     editor, maps = untrained(model, rate=-1.0, edit_weight=0.3, locality_weight=2.0)
-    lesson = Lessons(FACTS, ["an untouched text"]).at(0)
+    lesson = Lessons(FACTS, ["an untouched text"]).at(1)
     assert lesson.prompt == f"{lesson.request.subject} has the letter\n"
     with trainable_only(model, [m.base.weight for m in maps]):
         found = float(editor._loss(model, TOKENIZER, maps, editor.networks, lesson).detach())

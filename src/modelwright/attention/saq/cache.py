@@ -86,7 +86,7 @@ class StaircaseQuantizedCache(Cache):
     def memory_by_level(self) -> list[Level]:
         """Returns tokens and bytes of each number of bits in use, the most bits first, of all layers together."""
         found: dict[int, list[int]] = {}
-        for number, layer in enumerate(layer for layer in self.layers if layer.is_initialized):
+        for number, layer in enumerate(self._filled()):
             size = layer.keys.element_size()
             rows = [(16, layer.keys.shape[2], *[layer.keys.nbytes + layer.values.nbytes] * 2)]
             for pair in layer.segments:
@@ -97,6 +97,10 @@ class StaircaseQuantizedCache(Cache):
                 level[0] += 0 if number else tokens  # the same in every layer
                 level[1:] = (a + b for a, b in zip(level[1:], sizes))
         return [Level(bits, *numbers) for bits, numbers in sorted(found.items(), reverse=True)]
+
+    def _filled(self) -> list[StaircaseLayer]:
+        # Others may lay something of their own into a cache: SERAC, what it decided about a row.
+        return [layer for layer in self.layers if isinstance(layer, StaircaseLayer) and layer.is_initialized]
 
     def memory_bytes(self) -> int:
         """Returns the bytes of all tensors that are held: codes, scales and minima, and what is not quantised."""
@@ -109,9 +113,7 @@ class StaircaseQuantizedCache(Cache):
             metadata: Whether scales and minima count.
         """
         bits = elements = 0
-        for layer in self.layers:
-            if not layer.is_initialized:
-                continue
+        for layer in self._filled():
             for states in (layer.keys, layer.values):
                 bits += 8 * states.nbytes
                 elements += states.numel()

@@ -41,6 +41,7 @@ class SeracEdit(HookEdit):
     """
 
     kind: ClassVar[str] = "serac"
+    reads_rows: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class SeracEdit(HookEdit):
 
     def holds(self, other: SeracEdit) -> bool:
         """Whether this memory has all edits of another one that has the same parts."""
-        return self.parts is other.parts and self.requests[: len(other.requests)] == other.requests
+        return self.parts.identity == other.parts.identity and self.requests[: len(other.requests)] == other.requests
 
     def _hook(self, model: nn.Module) -> list[RemovableHandle]:
         return [model.register_forward_hook(self._answer, with_kwargs=True)]
@@ -148,6 +149,11 @@ class SeracEdit(HookEdit):
             kept = real[i, -width:]
             new[i, kept] = whole[-width:][kept]
         return new
+
+    def save(self, folder: str | Path, force: bool = False) -> None:
+        """See :meth:`Edit.save`; a further edit with the same parts shares their files, by hard links."""
+        super().save(folder, force)
+        self.parts.folder = Path(folder) / "parts"
 
     def write(self, folder: Path) -> None:
         """See :meth:`Edit.write`; the small model, the encoder and the tokenizer are laid beside."""

@@ -150,9 +150,10 @@ class SERAC(TrainedEditor):
                 "and name the folder with trained=."
             )
         check_vocabulary(self.parts.small, tokenizer)
-        before = [e for e in edits_on(model) if isinstance(e, SeracEdit) and e.parts is self.parts][-1:]
+        before = [e for e in edits_on(model) if isinstance(e, SeracEdit) and e.parts.identity == self.parts.identity]
         with torch.no_grad():
             memory = self.parts.embed_requests(model, tokenizer, requests).cpu()
+        before = before[-1:]
         memory = torch.cat([*(e.memory.cpu() for e in before), memory])
         known = [r for e in before for r in e.requests]
         if progress is not None:
@@ -172,6 +173,7 @@ class SERAC(TrainedEditor):
         with atomic_path(folder, force) as partial:
             partial.mkdir()
             self.parts.write(partial)
+        self.parts.folder = Path(folder)
 
     @torch.no_grad()
     def _spread(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modelwright.editing.fingerprint import checksum, model_fingerprint
 from modelwright.editing.learning import plain_inputs
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.subject import encode_pair
@@ -57,8 +63,16 @@ class SeracParts(nn.Module):
         self.encoder_tokenizer = encoder_tokenizer
         self.pooling = pooling
         self.separator = separator
+        self.folder: Path | None = None  # where they are kept
         self.projection = nn.Linear(size, size, bias=False)
         nn.init.eye_(self.projection.weight)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash (hex) of all parts as they are when it is first asked for: after the training."""
+        models = [self.small, *([self.encoder] if self.encoder is not None else [])]
+        known = [*map(model_fingerprint, models), checksum(self.projection.weight), self.pooling, self.separator]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
 
     def embed(
         self,
@@ -158,16 +172,24 @@ class SeracParts(nn.Module):
         return [out[i, offsets[i] : offsets[i] + len(row)] for i, row in enumerate(rows)]
 
     def write(self, folder: Path) -> None:
-        """Writes everything into an existing folder, as Hugging Face folders and safetensors."""
+        """Writes everything into an existing folder, as Hugging Face folders and safetensors.
+
+        Parts that are kept somewhere already share their files by hard links where the disk can: a thousand edits in a
+        sequence have one small model.
+        """
+        if self.folder is not None and _identity(self.folder) == self.identity:
+            shutil.copytree(self.folder, folder, copy_function=_link, dirs_exist_ok=True)
+            return
         write_model(self.small, None, folder / "small")
         if self.encoder is not None and self.encoder_tokenizer is not None:
             write_model(self.encoder, self.encoder_tokenizer, folder / "encoder")
         save_file({"projection": self.projection.weight.detach().cpu().contiguous()}, folder / "projection.safetensors")
-        write_json(folder / "serac.json", {"format": 1, "pooling": self.pooling, "separator": self.separator})
+        about = {"format": 1, "pooling": self.pooling, "separator": self.separator, "identity": self.identity}
+        write_json(folder / "serac.json", about)
 
     @classmethod
     def read(cls, folder: Path) -> SeracParts:
-        """Reads what :meth:`write` wrote.
+        """Reads what :meth:`write` wrote; parts that are in memory already are not read twice.
 
         Raises:
             UserError: It is missing or damaged.
@@ -175,6 +197,8 @@ class SeracParts(nn.Module):
         if not (folder / "serac.json").is_file():
             raise UserError(f"{folder} holds no trained SERAC parts (no serac.json): train them first.")
         described = read_json(folder / "serac.json")
+        if (known := _in_memory.get(described.get("identity"))) is not None:
+            return known
         encoder, tokenizer = load_encoder(folder / "encoder") if (folder / "encoder").is_dir() else (None, None)
         small = load_model(folder / "small", device="cpu")
         try:
@@ -187,7 +211,29 @@ class SeracParts(nn.Module):
             raise UserError(f"The SERAC parts in {folder} are damaged ({error}): train them again.") from error
         with torch.no_grad():
             parts.projection.weight.copy_(weight)
-        return parts.eval().requires_grad_(False)
+        parts.eval().requires_grad_(False)
+        parts.folder = folder
+        _in_memory[parts.identity] = parts
+        return parts
+
+
+#: Parts that were read, by their identity.
+_in_memory: WeakValueDictionary[str, SeracParts] = WeakValueDictionary()
+
+
+def _identity(folder: Path) -> str | None:
+    """Returns the identity of parts in a folder; None if there are none."""
+    try:
+        return str(read_json(folder / "serac.json")["identity"])
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def load_encoder(path_or_id: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
