@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from editing.small_facts import HOMES, SUBJECTS, TOKENIZER, requests, texts, trained
-from modelwright.editing import KeyStatistics, load_edit
+from modelwright import catalog
+from modelwright.editing import Editor, KeyStatistics, load_edit
 from modelwright.editing.edit import base_fingerprint
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.errors import UserError
@@ -158,3 +160,25 @@ def test_on_the_command_line_bad_input_is_a_sentence(folder, tmp_path):
     assert "bad.jsonl:1: The subject 'Rome' does not stand" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_an_edit_that_is_too_weak_says_what_to_change(folder, tmp_path):
+    """The paper's λ is for large models; the weight that the warning names is enough here."""
+    options = {key: value for key, value in OPTIONS.items() if key != "weight"}
+    result = edit(folder, tmp_path / "weak", set=options)
+    assert result["says_target_after"] == 0
+    (warning,) = result["warnings"]
+    assert "does not say 8 of 8 targets (that of 'Ada lives in', for one): a weight of 15000 lets a layer" in warning
+    named = float(re.search(r"--set weight=(\S+) would", warning)[1])
+    assert 0 < named < 100
+    result = edit(folder, tmp_path / "strong", set={**options, "weight": named})
+    assert result["says_target_after"] >= 7
+    unlearnt = edit(folder, tmp_path / "one step", set={**OPTIONS, "steps": 1, "lr": 1e-3})
+    assert "was not learnt" in unlearnt["warnings"][-1]
+    assert "raise steps (1)" in unlearnt["warnings"][-1]
+
+
+def test_every_editor_knows_what_would_make_it_stronger():
+    said = {name: catalog.load("editors", name).stronger for name in catalog.provided("editors")}
+    assert [name for name, text in said.items() if text == Editor.stronger and name not in ("memit", "pmet")] == []
+    assert not any(text.endswith(".") for text in said.values())

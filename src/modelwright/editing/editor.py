@@ -28,10 +28,12 @@ class Editor(ABC):
     Attributes:
         name: As in the catalog.
         changes_weights: Whether its edits are on the weights; where not, no ordinary checkpoint can hold them.
+        stronger: What to change where the edited model does not say what it should, as the end of a sentence.
     """
 
     name: ClassVar[str]
     changes_weights: ClassVar[bool] = True
+    stronger: ClassVar[str] = "try other options of the editor (modelwright show)"
 
     @abstractmethod
     def fit(
@@ -72,6 +74,10 @@ class Editor(ABC):
             if progress is not None:
                 progress.advance()
         return edits
+
+    def remedy(self, edit: Edit) -> str:
+        """Returns what to change where the model with this edit does not say what it should; see ``stronger``."""
+        return self.stronger
 
 
 def make_editor(name: str, options: Mapping[str, Any] | None = None) -> Editor:

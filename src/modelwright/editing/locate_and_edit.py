@@ -26,6 +26,9 @@ from modelwright.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: Above this loss at the end of the optimisation, a target has less than half of the probability.
+_UNLEARNT = 0.7
+
 
 @dataclass(kw_only=True)
 class LocateAndEdit(Editor):
@@ -77,6 +80,16 @@ class LocateAndEdit(Editor):
     def layers_of(self, depth: int) -> list[int]:
         """Returns the layers that are edited in a model of so many."""
         raise NotImplementedError
+
+    def remedy(self, edit: Edit) -> str:
+        """See :meth:`Editor.remedy`; it tells targets that were not learnt from targets that were not written."""
+        losses = [loss for part in edit.details.get("merged", [edit.details]) for loss in part["last_loss"]]
+        if (middle := sorted(losses)[len(losses) // 2]) > _UNLEARNT:
+            return (
+                f"what the layer should give was not learnt (loss {middle:.2g}): look for another place (modelwright "
+                f"edit trace), raise steps ({self.steps}) or clamp ({self.clamp:g}), or lower decay ({self.decay:g})"
+            )
+        return self.stronger
 
     def _optimisation(self) -> Optimisation:
         names = [f.name for f in dataclasses.fields(Optimisation) if f.name in self.__dataclass_fields__]

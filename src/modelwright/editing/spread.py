@@ -52,8 +52,10 @@ class Spread:
         rows: Sequence[Sequence[int]],
         contexts: int,
         targets: torch.Tensor,
-    ) -> list[Delta]:
+    ) -> tuple[list[Delta], list[float]]:
         """Returns a delta of each layer's weight that writes all targets; the model's weights are put back.
+
+        Beside it, the median of kᵀ C⁻¹ k of each layer's keys; none where the keys are as many as dimensions.
 
         Args:
             model: The model.
@@ -65,6 +67,7 @@ class Spread:
             targets: (requests, width).
         """
         deltas: list[Delta] = []
+        strengths: list[float] = []
         with _restored([down.base.weight for down in downs]):
             for number, (layer, down) in enumerate(zip(self.layers, downs)):
                 keys = _mean_keys(keys_at(model, parts, layer, rows), contexts)
@@ -73,12 +76,14 @@ class Spread:
                 u, v = least_squares(
                     statistics, layer, keys.T, residuals.T, weight=self.weight, ridge=self.ridge
                 )  # fmt: skip
+                if len(keys) < keys.shape[1]:  # v is Kᵀ C⁻¹
+                    strengths.append(float((v.to(keys.device) * keys).sum(1).median()))
                 weight = down.base.weight
                 delta = as_delta(u, v, weight, transposed=down.transposed)
                 deltas.append(delta)
                 with torch.no_grad():
                     weight.copy_(delta.added_to(weight))
-        return deltas
+        return deltas, strengths
 
     def each(
         self,
@@ -89,13 +94,14 @@ class Spread:
         rows: Sequence[Sequence[int]],
         contexts: int,
         targets: torch.Tensor,
-    ) -> list[list[Delta]]:
-        """Returns, for each request, the deltas that write it alone; arguments as for :meth:`together`.
+    ) -> list[tuple[list[Delta], list[float]]]:
+        """Returns, for each request, the deltas that write it alone, and kᵀ C⁻¹ k; arguments as for :meth:`together`.
 
         All requests run in one batch: what a request's own deltas add is added to its rows by hooks.
         """
         lefts: list[torch.Tensor] = []
         rights: list[torch.Tensor] = []
+        strengths: list[torch.Tensor] = []
         for number, layer in enumerate(self.layers):
             done = list(zip(downs, lefts, rights))
             keys = _mean_keys(
@@ -107,15 +113,19 @@ class Spread:
             residuals = missing.double() / self.share(len(self.layers) - number)
             solved = statistics.solve(layer, keys.T, ridge=self.ridge).T
             # One key each: R Kᵀ (λ C + K Kᵀ)⁻¹ by the Sherman-Morrison formula.
-            scale = self.weight + (keys * solved).sum(1, keepdim=True)
+            strengths.append((keys * solved).sum(1))
+            scale = self.weight + strengths[-1][:, None]
             lefts.append(residuals / scale)
             rights.append(solved)
         wide = torch.promote_types(model.dtype, torch.float32)
         return [
-            [
-                LowRank(u[n, :, None].to(wide), v[n, None].to(wide), down.transposed)
-                for down, u, v in zip(downs, lefts, rights)
-            ]
+            (
+                [
+                    LowRank(u[n, :, None].to(wide), v[n, None].to(wide), down.transposed)
+                    for down, u, v in zip(downs, lefts, rights)
+                ],
+                [float(strength[n]) for strength in strengths],
+            )
             for n in range(len(targets))
         ]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from torch import nn
 
-from modelwright.editing.edit import WeightEdit
+from modelwright.editing.edit import Edit, WeightEdit
 from modelwright.editing.editor import layer_for
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.locate_and_edit import LocateAndEdit, down_projections, fit_details, key_rows
@@ -24,7 +24,11 @@ from modelwright.progress import Progress
 
 @dataclass(kw_only=True)
 class SpreadEditor(LocateAndEdit):
-    """Options and steps of the methods that close what is missing at an upper layer from several layers below it."""
+    """Options and steps of the methods that close what is missing at an upper layer from several layers below it.
+
+    ``details`` of an edit has, by layer, ``strengths``: kᵀ C⁻¹ k of its keys (the median), against which λ stands. A
+    layer writes kᵀ C⁻¹ k / (λ + kᵀ C⁻¹ k) of what it should, for a fact alone.
+    """
 
     layers: Annotated[
         list[int] | None, Arg("Layers to edit, one after the other; 4 to 8 of 32, and as deep in other models.")
@@ -46,6 +50,18 @@ class SpreadEditor(LocateAndEdit):
         highest = max(0, min(layer_for(depth, 8), depth - 2))
         return list(range(min(layer_for(depth, 4), highest), highest + 1))
 
+    def remedy(self, edit: Edit) -> str:
+        """See :meth:`Editor.remedy`; names the λ with which a layer would write half of what is missing."""
+        parts = edit.details.get("merged", [edit.details])
+        strengths = sorted(strength for part in parts for strength in part.get("strengths", []))
+        if (said := super().remedy(edit)) != self.stronger or not strengths:
+            return said
+        half = strengths[len(strengths) // 2]
+        return (
+            f"a weight of {self.weight:g} lets a layer write {half / (self.weight + half):.1%} of what is missing; "
+            f"--set weight={float(f'{half:.1g}'):g} would let it write half"
+        )
+
     @abstractmethod
     def _learnt_at(self, last: Layer) -> list[nn.Module]:
         """Returns the modules of the last layer whose outputs are learnt; the targets are the last one's."""
@@ -58,8 +74,9 @@ class SpreadEditor(LocateAndEdit):
         self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], progress: Progress | None
     ) -> WeightEdit:
         prepared = self._prepare(model, tokenizer, requests, progress)
-        deltas = dict(zip(prepared.names, prepared.spread.together(model, **prepared.arguments)))
-        details = {"layers": list(prepared.spread.layers), **fit_details(prepared.losses)}
+        found, strengths = prepared.spread.together(model, **prepared.arguments)
+        deltas = dict(zip(prepared.names, found))
+        details = {"layers": list(prepared.spread.layers), **fit_details(prepared.losses), "strengths": strengths}
         return WeightEdit(self.name, model_fingerprint(model, whole=deltas), deltas, requests, details)
 
     def _fit_each(
@@ -68,8 +85,9 @@ class SpreadEditor(LocateAndEdit):
         prepared = self._prepare(model, tokenizer, requests, progress)
         fingerprint = model_fingerprint(model, whole=prepared.names)
         edits = []
-        for n, deltas in enumerate(prepared.spread.each(model, **prepared.arguments)):
-            details = {"layers": list(prepared.spread.layers), **fit_details(prepared.losses[n : n + 1])}
+        for n, (deltas, strengths) in enumerate(prepared.spread.each(model, **prepared.arguments)):
+            losses = fit_details(prepared.losses[n : n + 1])
+            details = {"layers": list(prepared.spread.layers), **losses, "strengths": strengths}
             edits.append(WeightEdit(self.name, fingerprint, dict(zip(prepared.names, deltas)), [requests[n]], details))
         return edits
 

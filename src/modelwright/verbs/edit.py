@@ -94,6 +94,11 @@ class EditModel:
         result["warnings"] = [
             f"The model says the target of {request.text!r} already." for request, was in zip(requests, before) if was
         ][:3]
+        if missed := [request for request, now in zip(requests, after) if not now]:
+            result["warnings"].append(
+                f"With the edit the model does not say {len(missed)} of {len(requests)} targets (that of "
+                f"{missed[0].text!r}, for one): {editor.remedy(edit)}."
+            )
         return result
 
     def _no_checkpoint(self) -> Exception:

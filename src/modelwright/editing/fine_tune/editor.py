@@ -105,6 +105,7 @@ class FTL(_FineTune):
     """
 
     name: ClassVar[str] = "ft-l"
+    stronger: ClassVar[str] = "raise learning_rate or steps (an answer of several tokens is for ft-m)"
 
     def _inputs(self, examples: Examples) -> dict[str, Any]:
         # Only the prompts: what the target's tokens are does not matter to the position before them.
@@ -125,6 +126,7 @@ class FTM(_FineTune):
     """
 
     name: ClassVar[str] = "ft-m"
+    stronger: ClassVar[str] = "raise learning_rate or steps (--set learning_rate=5e-3)"
 
     def _loss(self, logits: torch.Tensor, examples: Examples) -> torch.Tensor:
         return target_loss(logits, examples)

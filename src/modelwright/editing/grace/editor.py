@@ -38,6 +38,7 @@ class GRACE(Editor):
 
     name: ClassVar[str] = "grace"
     changes_weights: ClassVar[bool] = False
+    stronger: ClassVar[str] = "raise steps, change learning_rate, or take a layer further up (--set layer=…)"
 
     layer: Annotated[int | None, Arg("Layer whose MLP output is replaced; 27 of 32 by default.")] = None
     radius: Annotated[float, Arg("Radius of a new key (ε).")] = 1.0

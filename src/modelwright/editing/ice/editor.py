@@ -58,6 +58,9 @@ class ICE(Editor):
 
     name: ClassVar[str] = "ice"
     changes_weights: ClassVar[bool] = False
+    stronger: ClassVar[str] = (
+        "the model does not follow what stands before the question: write fewer facts, or use another editor"
+    )
 
     def fit(
         self,

@@ -38,6 +38,9 @@ class KN(Editor):
     """
 
     name: ClassVar[str] = "kn"
+    stronger: ClassVar[str] = (
+        "raise scale or lower threshold (--set scale=4); KN seldom writes what it should, so try rome or memit"
+    )
 
     steps: Annotated[int, Arg("Points of the integral (the paper's m).")] = 20
     points: Annotated[

@@ -159,6 +159,7 @@ class LoRA(_Adapter):
     """LoRA: an update of low rank to the query and value projections of all layers."""
 
     name: ClassVar[str] = "lora"
+    stronger: ClassVar[str] = "raise steps or rank, or change learning_rate (--set steps=200)"
 
     def _config(self, targets: list[str], total_steps: int) -> Any:
         from peft import LoraConfig
@@ -184,6 +185,7 @@ class AdaLoRA(_Adapter):
     """
 
     name: ClassVar[str] = "adalora"
+    stronger: ClassVar[str] = "raise steps or rank, or change learning_rate (--set steps=200)"
 
     start_rank: Annotated[int | None, Arg("Rank of each adapter before ranks are shared out; none: no pruning.")] = None
     orthogonality: Annotated[float, Arg("Weight of the term that keeps P and Q orthogonal.")] = 0.5

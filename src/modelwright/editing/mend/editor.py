@@ -43,6 +43,7 @@ class MEND(TrainedEditor):
     """
 
     name: ClassVar[str] = "mend"
+    stronger: ClassVar[str] = "train it longer, or with a larger edit_weight or rate (modelwright edit train mend)"
 
     trained: Annotated[Path | None, Arg("Folder of the trained networks.", kind="input")] = None
     layers: Annotated[tuple[int, ...], Arg("Layers whose MLPs are edited; the last three by default.")] = ()

@@ -36,6 +36,7 @@ class ROME(LocateAndEdit):
     """
 
     name: ClassVar[str] = "rome"
+    stronger: ClassVar[str] = "look for another place (modelwright edit trace), or raise steps or clamp"
     context_lengths: ClassVar[tuple[tuple[int, int], ...]] = ((5, 2), (10, 2))
 
     layer: Annotated[int | None, Arg("Layer to edit; 5 of 32, and as deep in other models.")] = None

@@ -38,6 +38,9 @@ class SERAC(TrainedEditor):
 
     name: ClassVar[str] = "serac"
     changes_weights: ClassVar[bool] = False
+    stronger: ClassVar[str] = (
+        "lower threshold, or train it longer, with facts like these (modelwright edit train serac)"
+    )
 
     trained: Annotated[Path | None, Arg("Folder of the trained parts.", kind="input")] = None
     threshold: Annotated[float, Arg("Score above which an input is in scope.")] = 0.5
