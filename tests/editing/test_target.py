@@ -71,7 +71,7 @@ def slow_targets(model, tokenizer, request, modules, options, contexts, fact_tok
         after = run(kl.ids, kl.position)[kl.position]
         divergence = (before.exp() * (before - after)).sum()
         decay = sum(d.norm() / m.norm() ** 2 for d, m in zip(deltas, seen))
-        loss = nll + options.kl_factor * divergence + options.decay * decay
+        loss = options.nll_factor * nll + options.kl_factor * divergence + options.decay * decay
         losses.append(float(loss.detach()))
         if loss < options.stop_loss or step == options.steps:
             break
@@ -90,7 +90,7 @@ def slow_targets(model, tokenizer, request, modules, options, contexts, fact_tok
 def test_the_batch_is_the_definition_one_by_one(where, fact_token):
     model = three_layers("llama").double()
     modules = modules_of(model, 1, where)
-    options = Optimisation(steps=5, decay=1e-5, lr=0.05, stop_loss=0)
+    options = Optimisation(steps=5, nll_factor=1.5, decay=1e-5, lr=0.05, stop_loss=0)
     found = optimise_targets(
         model, BYTES, MIXED, modules, 1, options, contexts=CONTEXTS, fact_token=fact_token, batch_size=3
     )
@@ -199,7 +199,7 @@ def test_settled_requests_end_early():
     assert len(optimise_targets(model, TOKENIZER, asked, modules, 1, settled).losses[0]) == 1
 
 
-@pytest.mark.parametrize("field", ["steps", "lr", "clamp", "decay"])
+@pytest.mark.parametrize("field", ["steps", "lr", "clamp", "nll_factor", "decay"])
 def test_bad_constants_are_sentences(field):
     with pytest.raises(UserError, match=f"{field} is -1"):
         Optimisation(**{field: -1})

@@ -42,12 +42,13 @@ class Optimisation:
         steps: Steps of Adam at most.
         lr: Its learning rate.
         stop_loss: A request is done, without a further step, when its loss is below this.
+        nll_factor: Weight of the targets' negative log-likelihood (PMET names it; 1 everywhere).
         kl_factor: Weight of KL(p₀ ‖ p_δ) at the fact's token of the prompt ``{subject} is a``. (The published code
             computes the other direction; this is the equation that we follow.)
         decay: Weight of Σ ‖δ‖ / ‖m₀‖², m₀ being the output without δ.
         clamp: After each step ‖δ‖ is at most this times ‖m₀‖.
-        settled_nll_factor: Weight of the likelihood at a step after which all target tokens were the most probable
-            ones (PMET); 1 leaves it.
+        settled_nll_factor: By what the likelihood's weight is multiplied at a step after which all target tokens were
+            the most probable ones (PMET); 1 leaves it.
         settled_kl: A request is done when its target tokens are the most probable ones and the KL term is at most this
             (PMET).
     """
@@ -55,6 +56,7 @@ class Optimisation:
     steps: int = 25
     lr: float = 0.5
     stop_loss: float = 0.05
+    nll_factor: float = 1.0
     kl_factor: float = 0.0625
     decay: float = 1e-3
     clamp: float = 4.0
@@ -62,7 +64,7 @@ class Optimisation:
     settled_kl: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "clamp"):
+        for name in ("steps", "lr", "clamp", "nll_factor"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give a number above 0.")
         for name in ("stop_loss", "kl_factor", "decay"):
@@ -374,7 +376,7 @@ class _Batch:
                 logits = self._logits(rows, past, with_layers=False)
                 nll, kl, settled = _terms(logits, rows, self.requests)
                 decay = sum((d.norm(dim=1) / n**2 for d, n in zip(deltas, norms)), torch.zeros_like(nll))
-                loss = factor * nll + options.kl_factor * kl + options.decay * decay
+                loss = options.nll_factor * factor * nll + options.kl_factor * kl + options.decay * decay
             done = loss.detach() < options.stop_loss
             if options.settled_kl is not None:
                 done |= settled & (options.kl_factor * kl.detach() <= options.settled_kl)

@@ -100,3 +100,4 @@ def test_errors():
     assert (PMET().steps, PMET().clamp, PMET().decay, PMET().weight) == (20, 1.0, 0.5, 15_000.0)
     constants = PMET()._optimisation()
     assert (constants.settled_nll_factor, constants.settled_kl) == (0.1, 0.01)
+    assert (constants.nll_factor, PMET(nll_factor=0.5)._optimisation().nll_factor) == (1.0, 0.5)

@@ -1,59 +1,28 @@
-"""In-context editing: no weight is changed; each new fact stands before each question (arXiv 2410.16251)."""
+"""In-context editing: no weight is changed; the new facts stand before each question (arXiv 2410.16251, 2305.12740)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
-from torch import nn
-
-from modelwright.editing.edit import Edit
 from modelwright.editing.editor import Editor
-from modelwright.editing.requests import EditRequest, check_requests
+from modelwright.editing.ice.edit import ContextEdit, demonstration
+from modelwright.editing.requests import EditRequest, check_requests, read_requests
+from modelwright.editing.sentences import load_encoder, sentence_vectors
+from modelwright.errors import UserError
+from modelwright.options import Arg
 from modelwright.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class ContextEdit(Edit):
-    """Facts that :meth:`prompt` puts before a question; the model itself stays as it is, and any model will do.
-
-    With a chat template, the result of :meth:`prompt` is what the user says.
-    """
-
-    kind: ClassVar[str] = "ice"
-
-    @property
-    def context(self) -> str:
-        """What stands before every question."""
-        return "".join(f"New Fact: Q: {r.text} A: {r.target.strip()}\n" for r in self.requests)
-
-    def prompt(self, question: str) -> str:
-        """Returns the facts, a line each, and then the question."""
-        return self.context + question
-
-    def _put_on(self, model: nn.Module, stack: Any) -> None:
-        pass
-
-    def _take_off(self, model: nn.Module, stack: Any) -> None:
-        pass
-
-    def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        return {}, {}
-
-    @classmethod
-    def _from_state(cls, common: dict[str, Any], state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
-        return cls(**common)
-
-
 @dataclass(kw_only=True)
 class ICE(Editor):
     """ICE: ask with the new facts before the question, as ``New Fact: Q: … A: …``.
 
-    The demonstrations of IKE, its parent, which are retrieved by embedding, are not part of it.
+    :class:`IKE`, its parent, shows by examples how such a fact is to be used.
     """
 
     name: ClassVar[str] = "ice"
@@ -75,3 +44,85 @@ class ICE(Editor):
         if progress is not None:
             progress.advance(len(requests))
         return ContextEdit(self.name, None, requests)
+
+
+@dataclass(kw_only=True)
+class IKE(Editor):
+    """IKE: before the new facts, examples of facts and of what follows from them, retrieved by embedding.
+
+    Every fact of the demonstrations' files gives examples of three kinds: its own prompt is answered by it (copy), so
+    are its paraphrases (update), and another fact's prompt is not (retain: the one after it that has another subject
+    and an ``old_answer``). Those with the largest cosine to a new fact are taken, the nearest one last. The paper's
+    quota for each kind is left out, as in the code of the benchmarks, which take the nearest of all. A demonstration
+    about a new fact's own prompt is never taken.
+
+    With several new facts, each has a line of its own, and an example counts as near as it is to the nearest of them.
+    """
+
+    name: ClassVar[str] = "ike"
+    changes_weights: ClassVar[bool] = False
+    in_prompt: ClassVar[bool] = True
+    stronger: ClassVar[str] = "give more demonstrations, with paraphrases (--set number=32), or use another editor"
+
+    demonstrations: Annotated[
+        list[str],
+        Arg("Files of facts to show, as those of the requests; with paraphrases and old_answer.", kind="input"),
+    ] = field(default_factory=list)
+    number: Annotated[int, Arg("Examples before the new facts.")] = 16
+    encoder: Annotated[
+        str | None,
+        Arg("Encoder of sentences, a folder or hub id, such as sentence-transformers/all-MiniLM-L6-v2; the model's "
+            "own states by default.", kind="input"),
+    ] = None  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if isinstance(self.demonstrations, str):
+            self.demonstrations = [self.demonstrations]
+        if self.number < 1:
+            raise UserError(f"number is {self.number}: show at least one example, or use ice.")
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[EditRequest],
+        *,
+        progress: Progress | None = None,
+    ) -> ContextEdit:
+        """See :meth:`Editor.fit`; there is nothing to fit, but examples are looked up.
+
+        Raises:
+            UserError: No demonstrations are given, or all of them are about the new facts.
+        """
+        check_requests(requests)
+        if not self.demonstrations:
+            raise UserError("IKE needs facts to show: name files of them with --set demonstrations=FILE, or use ice.")
+        new = {r.text for r in requests}
+        shown = [r for r in read_requests(self.demonstrations) if r.text not in new]
+        texts = [text for i, r in enumerate(shown) for text in examples_of(r, shown[i + 1 :] + shown[:i])]
+        if not texts:
+            raise UserError("All demonstrations are about the prompts of the requests themselves: give other facts.")
+        by, words = (model, tokenizer) if self.encoder is None else load_encoder(self.encoder)
+        if self.encoder is not None:
+            by.to(model.device)
+        wanted = sentence_vectors(by, words, [demonstration(r, r.text, r.target) for r in requests])
+        scores = (sentence_vectors(by, words, texts) @ wanted.T).amax(1)
+        nearest = scores.argsort(descending=True, stable=True)[: self.number].flip(0).tolist()
+        if progress is not None:
+            progress.advance(len(requests))
+        details = {"similarities": [float(scores[i]) for i in nearest]}
+        return ContextEdit(self.name, None, requests, details, [texts[i] for i in nearest])
+
+
+def examples_of(request: EditRequest, others: Sequence[EditRequest]) -> list[str]:
+    """Returns the demonstrations of one fact: copy, update and retain.
+
+    Args:
+        request: The fact.
+        others: Further facts; the first that has another subject and an ``old_answer`` stays as it is.
+    """
+    texts = [demonstration(request, prompt, request.target) for prompt in [request.text, *request.paraphrase_texts()]]
+    for other in others:
+        if other.old_answer and other.subject != request.subject:
+            return [*texts, demonstration(request, other.text, other.old_answer)]
+    return texts

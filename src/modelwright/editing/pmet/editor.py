@@ -30,6 +30,7 @@ class PMET(SpreadEditor):
 
     name: ClassVar[str] = "pmet"
 
+    nll_factor: Annotated[float, Arg("Weight of the target's likelihood.")] = 1.0
     steps: Annotated[int, Arg("Steps of Adam for the target, at most.")] = 20
     decay: Annotated[float, Arg("Weight of the target's distance from the model's own output.")] = 0.5
     clamp: Annotated[float, Arg("Largest distance, as a multiple of the output's norm.")] = 1.0

@@ -15,8 +15,9 @@ from modelwright.editing.examples import make_examples, target_loss, token_diver
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.learning import Lesson, Lessons, TrainedEditor, learn, mean_loss, plain_inputs
 from modelwright.editing.requests import EditRequest, check_requests
+from modelwright.editing.sentences import load_encoder
 from modelwright.editing.serac.edit import SeracEdit
-from modelwright.editing.serac.parts import Pooling, SeracParts, check_vocabulary, load_encoder
+from modelwright.editing.serac.parts import Pooling, SeracParts, check_vocabulary
 from modelwright.editing.serac.scope import log_mixture, scope_scores
 from modelwright.errors import UserError
 from modelwright.files import atomic_path

@@ -18,10 +18,11 @@ from torch import nn
 from modelwright.editing.fingerprint import checksum, model_fingerprint
 from modelwright.editing.learning import plain_inputs
 from modelwright.editing.requests import EditRequest
+from modelwright.editing.sentences import load_encoder
 from modelwright.editing.subject import encode_pair
 from modelwright.errors import UserError
 from modelwright.files import read_json, write_json
-from modelwright.models.loading import find_folder, load_checked, load_config, load_model, load_tokenizer, write_model
+from modelwright.models.loading import load_model, write_model
 from modelwright.models.roles import unwrap
 from modelwright.models.scoring import context_length
 from modelwright.models.tokenizers import leading_ids
@@ -234,21 +235,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another disk, or one without links
         shutil.copy2(source, target)
-
-
-def load_encoder(path_or_id: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads an encoder of texts and its tokenizer.
-
-    Raises:
-        UserError: There is none, or it is damaged.
-    """
-    from transformers import AutoModel
-
-    folder = find_folder(path_or_id)
-    encoder = load_checked(
-        AutoModel, folder, load_config(folder), what="an encoder of texts", optional=("pooler",), device="cpu"
-    )
-    return encoder.eval(), load_tokenizer(folder)
 
 
 def check_vocabulary(small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,61 @@
+"""Texts as vectors: by an encoder, or by the hidden states of the model that is edited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modelwright.models.loading import find_folder, load_checked, load_config, load_tokenizer
+from modelwright.models.roles import unwrap
+from modelwright.models.scoring import context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_encoder(path_or_id: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads an encoder of texts and its tokenizer.
+
+    Raises:
+        UserError: There is none, or it is damaged.
+    """
+    from transformers import AutoModel
+
+    folder = find_folder(path_or_id)
+    encoder = load_checked(
+        AutoModel, folder, load_config(folder), what="an encoder of texts", optional=("pooler",), device="cpu"
+    )
+    return encoder.eval(), load_tokenizer(folder)
+
+
+@torch.no_grad()
+def sentence_vectors(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 64
+) -> torch.Tensor:
+    """Returns the mean of each text's last hidden states, scaled to length 1: as most sentence encoders do it.
+
+    Args:
+        model: An encoder, or a causal language model.
+        tokenizer: Its tokenizer.
+        texts: What to embed; ends that are too long for the model are cut off.
+        batch_size: Texts at once.
+
+    Returns:
+        (texts, size) float32, on the CPU.
+    """
+    body: Any = getattr(unwrap(model), "base_model", model)
+    longest = context_length(model) or 512
+    found = []
+    for start in range(0, len(texts), batch_size):
+        encoded = tokenizer(
+            [text or " " for text in texts[start : start + batch_size]], padding=True, padding_side="right",
+            truncation=True, max_length=longest, return_tensors="pt",
+        ).to(model.device)  # fmt: skip
+        hidden = body(**encoded).last_hidden_state.float()
+        mask = encoded["attention_mask"][..., None].to(hidden)
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        found.append(torch.nn.functional.normalize(mean, dim=1).cpu())
+    return torch.cat(found)

@@ -1,0 +1,110 @@
+"""IKE: examples are of three kinds, the nearest are taken, and the last stands next to the new fact."""
+
+import json
+
+import pytest
+import torch
+
+from editing.small_facts import TOKENIZER, requests, trained
+from modelwright.editing import EditRequest, load_edit, make_editor
+from modelwright.editing.ice import IKE
+from modelwright.editing.ice.editor import examples_of
+from modelwright.editing.sentences import sentence_vectors
+from modelwright.errors import UserError
+from modelwright.evaluation.editors import writes_prompt
+from modelwright.models.loading import save_model
+from modelwright.models.tiny import byte_tokenizer
+from modelwright.progress import Silent
+from modelwright.verbs.edit import EditModel
+from modelwright.verbs.generate import Generate
+
+FACTS = requests()
+
+
+@pytest.fixture
+def shown(tmp_path):
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(r.to_dict()) + "\n" for r in FACTS[1:]))
+    return str(tmp_path / "shown.jsonl")
+
+
+def test_a_fact_is_copied_updates_its_paraphrases_and_leaves_others():
+    assert examples_of(FACTS[0], FACTS[1:]) == [
+        "New Fact: Ada lives in Oslo\nPrompt: Ada lives in Oslo\n\n",
+        "New Fact: Ada lives in Oslo\nPrompt: The home of Ada is Oslo\n\n",
+        "New Fact: Ada lives in Oslo\nPrompt: Bob lives in Oslo\n\n",
+    ]
+    same = EditRequest("{} was born in", "Ada", "Kiev", old_answer="Rome")
+    unknown = EditRequest("{} lives in", "Bob", "Kiev")
+    assert examples_of(FACTS[0], [same, unknown, FACTS[2]])[-1].endswith("Prompt: Cid lives in Kiev\n\n")
+    assert len(examples_of(FACTS[0], [same, unknown])) == 2
+
+
+def test_the_nearest_examples_stand_before_the_fact_the_nearest_last(shown):
+    model = trained()
+    edit = IKE(demonstrations=shown, number=5).fit(model, TOKENIZER, FACTS[:1])
+    texts = [text for i, r in enumerate(FACTS[1:]) for text in examples_of(r, FACTS[i + 2 :] + FACTS[1 : i + 1])]
+
+    @torch.no_grad()
+    def alone(text):
+        hidden = model.model(**TOKENIZER(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        return hidden / hidden.norm()
+
+    own = alone("New Fact: Ada lives in Oslo\nPrompt: Ada lives in Oslo\n\n")
+    scores = [float(alone(text) @ own) for text in texts]
+    wanted = sorted(range(len(texts)), key=lambda i: -scores[i])[:5][::-1]
+    assert edit.details["similarities"] == pytest.approx([scores[i] for i in wanted], abs=1e-5)
+    assert edit.prompt("Who?") == "".join(texts[i] for i in wanted) + "New Fact: Ada lives in Oslo\nPrompt: Who?"
+    assert not any("New Fact: Ada" in text for text in edit.demonstrations)
+
+
+def test_several_facts_have_a_line_each_and_its_own_prompt_is_never_shown(shown):
+    edit = IKE(demonstrations=[shown], number=100).fit(trained(), TOKENIZER, FACTS[:3])
+    assert edit.prompt("Who?").endswith("\n\nNew Fact: Ada lives in Oslo\nNew Fact: Bob lives in Kiev\n"
+                                        "New Fact: Cid lives in Lima\nPrompt: Who?")  # fmt: skip
+    assert len(edit.demonstrations) == 3 * 5
+    assert not any(text.startswith(("New Fact: Bob", "New Fact: Cid")) for text in edit.demonstrations)
+
+
+def test_an_encoder_of_ones_own(shown, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    bert = BertModel(
+        BertConfig(vocab_size=259, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ).eval()
+    save_model(bert, byte_tokenizer(), tmp_path / "bert")
+    edit = IKE(demonstrations=[shown], encoder=str(tmp_path / "bert"), number=3).fit(trained(), TOKENIZER, FACTS[:1])
+    pair = ["New Fact: Ada lives in Oslo\nPrompt: Ada lives in Oslo\n\n", edit.demonstrations[-1]]
+    one, other = sentence_vectors(bert, byte_tokenizer(), pair)
+    assert edit.details["similarities"][-1] == pytest.approx(float(one @ other), abs=1e-5)
+    with torch.no_grad():
+        hidden = bert(**byte_tokenizer()(pair[1], return_tensors="pt")).last_hidden_state[0].mean(0)
+    assert torch.allclose(other, hidden / hidden.norm(), atol=1e-5)
+
+
+def test_by_the_commands(shown, tmp_path):
+    save_model(trained(), TOKENIZER, tmp_path / "model")
+    (tmp_path / "edit.jsonl").write_text(json.dumps(FACTS[0].to_dict()) + "\n")
+    EditModel(
+        model=str(tmp_path / "model"), method="ike", requests=[str(tmp_path / "edit.jsonl")], as_delta=True,
+        output=tmp_path / "edit", set={"demonstrations": shown, "number": 2},
+    ).run(Silent())  # fmt: skip
+    loaded = load_edit(tmp_path / "edit")
+    fresh = make_editor("ike", {"demonstrations": shown, "number": 2}).fit(trained(), TOKENIZER, FACTS[:1])
+    assert loaded.prompt("Ada lives in") == fresh.prompt("Ada lives in")
+    Generate(
+        model=str(tmp_path / "model"), prompt=["Ada lives in"], output=tmp_path / "out.jsonl",
+        with_=[str(tmp_path / "edit")], max_new_tokens=2,
+    ).run(Silent())  # fmt: skip
+    ids = TOKENIZER(fresh.prompt("Ada lives in"), return_tensors="pt")
+    by_hand = trained().generate(**ids, max_new_tokens=2, do_sample=False, pad_token_id=0)[0, -2:]
+    assert json.loads((tmp_path / "out.jsonl").read_text())["completion"].split() == TOKENIZER.decode(by_hand).split()
+
+
+def test_what_is_refused(shown):
+    with pytest.raises(UserError, match="number is 0"):
+        IKE(number=0)
+    with pytest.raises(UserError, match="demonstrations=FILE"):
+        IKE().fit(trained(), TOKENIZER, FACTS[:1])
+    with pytest.raises(UserError, match="about the prompts of the requests themselves"):
+        IKE(demonstrations=[shown]).fit(trained(), TOKENIZER, FACTS)
+    assert writes_prompt(IKE())
