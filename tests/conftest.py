@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 import signal
 
@@ -19,3 +20,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The same examples every time, and no verdict on how busy the machine is.
 settings.register_profile("house", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
+
+
+def pytest_collection_finish():
+    """Leave what imports made out of every later garbage collection: accelerate asks for one per Trainer."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
