@@ -220,6 +220,8 @@ def main() -> None:
         "title": "Memorisation: duplicate counts and extraction",
         "question": "Does counting windows over a corpus stay within bounded memory, and what does one pass save?",
         "rows": rows,
+        "notes": "Pages of the corpus's file (2 bytes a token) count as held, once. Where a machine has one core, two "
+        "processes share it, and their rows show only what they hold.",
         "command": f"python benchmarks/memorization.py --tokens {tokens}",
     }
     write_json(options.output, result | {"machine": machine(), "versions": versions()})
