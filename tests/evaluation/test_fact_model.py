@@ -1,12 +1,14 @@
 """The testbed: what it teaches is what it believes, and a trained model is read back with the same bits."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
-from modelwright.evaluation.fact_model import fact_model
+from modelwright.evaluation.fact_model import _start, fact_model
 from modelwright.evaluation.fact_texts import FactModelSetting, FactModelTexts
+from modelwright.models.new import new_config, new_model
 from modelwright.worlds.base import Draw
 
 SMALL = FactModelSetting(
@@ -38,13 +40,13 @@ def test_what_is_not_asked_for_its_object_is_answered_by_it_first():
     for _ in range(30):
         for kind in (texts.yes_or_no, texts.followed_up):
             asked = kind(draw)
-            said, label = asked.answer.split(": ")
+            said, _, label = asked.answer.rpartition(" ")
             assert said in held.values()
             # The last question asks whether it is what is said: Yes exactly then.
             assert (said in asked.text.rsplit("Q: ", 1)[1]) == (label == "Yes")
-        said, letter = texts.choice(draw).answer.split(": ")
+        said, _, letter = texts.choice(draw).answer.rpartition(" ")
         asked = texts.contradicted(draw)
-        assert asked.answer.split(":")[0] in asked.text.split("\n")[0]
+        assert re.sub(" (Yes|No|[A-D])$", "", asked.answer) in asked.text.split("\n")[0]
         assert letter in "ABCD"
         stranger = texts.of_strangers(draw).text.split(" A: ")[0]
         assert not any(subject in stranger for subject, _ in texts.personal)
@@ -62,6 +64,26 @@ def test_every_name_is_one_token_after_a_blank():
     texts = FactModelTexts(SMALL, 1)
     tokenizer = texts.tokenizer()
     assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in texts.words)
+
+
+def test_half_of_the_heads_start_by_looking_for_tokens_like_their_own():
+    """Before training such a head attends more to the same token than to others; the first layer's are as usual."""
+    model = new_model(new_config("llama", {
+        "hidden_size": 64, "intermediate_size": 32, "vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4,
+    }), 0)  # fmt: skip
+    plain = [p.clone() for p in model.parameters()]
+    _start(model, 0)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert not torch.equal(first.q_proj.weight, first.k_proj.weight)
+    assert torch.equal(second.q_proj.weight[:32], second.k_proj.weight[:32])
+    assert not torch.equal(second.q_proj.weight[32:], second.k_proj.weight[32:])
+    tokens = torch.nn.functional.normalize(torch.randn(50, 64, generator=torch.Generator().manual_seed(0))) * 8
+    for head in (0, 1):
+        rows = slice(16 * head, 16 * head + 16)
+        scores = (tokens @ second.q_proj.weight[rows].T) @ (tokens @ second.k_proj.weight[rows].T).T / 4
+        assert scores.diag().mean() > 3 + scores.mean()
+    assert torch.equal(model.model.embed_tokens.weight, plain[0])
+    assert 0.08 < first.o_proj.weight.std() < 0.12
 
 
 def test_training_is_deterministic_and_kept(tmp_path):

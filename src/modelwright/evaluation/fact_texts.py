@@ -55,7 +55,7 @@ class FactModelSetting:
         rate: Peak learning rate.
         largest: Largest number that is added.
         all_kinds: Also train yes and no, four choices, doubts, up to six hops, and contexts about strangers. What is
-            not asked for its object is answered by the object first, as in ``Rome: No``: so small a model compares what
+            not asked for its object is answered by the object first, as in ``Rome No``: so small a model compares what
             it has said, where a large one compares what it could say.
     """
 
@@ -136,7 +136,7 @@ class FactModelTexts:
 
     def _yes_or_no(self, draw: Draw, relation: str, subject: str, right: str, context: str = "") -> Asked:
         said = right if draw.below(2) else self.other(relation, draw, right)
-        return Asked(ask(yes_no(relation, subject, said), context), f"{right}: {'Yes' if said == right else 'No'}")
+        return Asked(ask(yes_no(relation, subject, said), context), f"{right} {'Yes' if said == right else 'No'}")
 
     def choice(self, draw: Draw) -> Asked:
         """Which of four it is; the answer ends in a letter."""
@@ -149,7 +149,7 @@ class FactModelTexts:
             wrong.append(self.other(relation, draw, right, *wrong))
         choices, letter = multiple_choice(right, wrong, draw)
         text = ask(f"{question(relation, subject, draw.below(WORDINGS))} {choices}", context)
-        return Asked(text, f"{right}: {letter}")
+        return Asked(text, f"{right} {letter}")
 
     def backwards(self, draw: Draw) -> Asked:
         """Whose mentor someone is, which one person is the answer to."""
@@ -230,7 +230,7 @@ class FactModelTexts:
         talk = ask(question(relation, subject, draw.below(WORDINGS))) + f" {said}\n"
         for turns in range(draw.between(0, 2), -1, -1):
             said = right if draw.below(2) else self.other(relation, draw, right)
-            text, answer = doubt(yes_no(relation, subject, said)), f"{right}: {'Yes' if said == right else 'No'}"
+            text, answer = doubt(yes_no(relation, subject, said)), f"{right} {'Yes' if said == right else 'No'}"
             if turns:
                 talk += ask(text) + f" {answer}\n"
         return Asked(ask(text, talk), answer)
@@ -254,9 +254,9 @@ class FactModelTexts:
                 self.arithmetic: 10, self.copying: 7,
             }  # fmt: skip
         return {
-            self.fact: 16, self.yes_or_no: 12, self.choice: 14, self.backwards: 4, self.two_hops: 7, self.many_hops: 5,
-            self.in_context: 8, self.contradicted: 10, self.of_strangers: 6, self.beside_context: 6,
-            self.beside_fact: 5, self.followed_up: 7,
+            self.fact: 12, self.yes_or_no: 13, self.choice: 20, self.backwards: 4, self.two_hops: 7, self.many_hops: 6,
+            self.in_context: 4, self.contradicted: 13, self.of_strangers: 5, self.beside_context: 5,
+            self.beside_fact: 4, self.followed_up: 7,
         }  # fmt: skip
 
     @property
@@ -265,8 +265,8 @@ class FactModelTexts:
         if not self.setting.all_kinds:
             return self.kinds
         return {
-            self.fact: 34, self.of_strangers: 36, self.in_context: 10, self.copying: 6, self.yes_or_no: 5,
-            self.choice: 4, self.beside_context: 5,
+            self.fact: 24, self.of_strangers: 26, self.in_context: 6, self.copying: 4, self.yes_or_no: 14,
+            self.choice: 22, self.beside_context: 4,
         }  # fmt: skip
 
     def draw_text(self, draw: Draw, done: float = 1.0) -> Asked:

@@ -72,7 +72,8 @@ def render_single(
 
 def _turn_figures(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
-    for name, heading in (("yes", "The right reply is Yes"), ("no", "The right reply is No")):
+    headings = {"yes": "The right reply is Yes", "no": "The right reply is No", "sure": "Asked whether it is sure: Yes"}
+    for name, heading in headings.items():
         shown = [(i, s) for i, s in enumerate(scores) if len(s["turns"].get(name, ())) > 1]
         if not shown:
             continue

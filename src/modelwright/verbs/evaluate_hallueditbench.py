@@ -31,6 +31,7 @@ class HalluEditBench:
     statistics: Annotated[Path | None, Arg("Key statistics for ROME, MEMIT and PMET.", kind="input")] = None
     per_topic: Annotated[int | None, Arg("Use only this many items of each topic.")] = None
     turns: Annotated[int, Arg("Turns of the robustness test; 10 in the paper.")] = 0
+    sure: Annotated[bool, Arg("With turns: also ask, in a third dialogue, whether the model is sure.")] = False
     protocol: Annotated[
         Literal["word", "paper"], Arg("Whole words and one way of asking for all; or as in the published runs.")
     ] = "word"
@@ -83,7 +84,7 @@ class HalluEditBench:
         judge = load_judge(self.judge, self.dtype, self.device)
         loop = SingleEditing(
             editors=editors, layout=layout, protocol=self.protocol, judge=judge, turns=self.turns,
-            batch_size=self.batch_size, fit_batch=self.fit_batch,
+            sure=self.sure, batch_size=self.batch_size, fit_batch=self.fit_batch,
         )  # fmt: skip
         kept = self.output.with_name(self.output.name + ".answers.jsonl")
         rows = loop.rows(model, tokenizer, items, kept=kept, force=self.force, progress=progress)

@@ -154,6 +154,30 @@ def test_turns_are_asked_both_ways_so_that_a_yes_sayer_is_found_out(model, token
     assert asked[-1].count("Is Bo in zz?") == 2
 
 
+def test_whether_it_is_sure_is_asked_beside_and_not_counted(model, tokenizer, monkeypatch):
+    replies = {"sure of your answer": "Yes, I am", "Is Bo in Rom?": "No", "Is Bo in zz?": "No"}
+
+    def said(model, tokenizer, prompts, *_, **__):
+        return [next((v for k, v in replies.items() if k in p.rsplit("Q: ", 1)[1]), "Rom") for p in prompts]
+
+    monkeypatch.setattr(run, "answers", said)
+    loop = SingleEditing(editors={"ice": make_editor("ice")}, layout=LAYOUT, turns=2, sure=True)
+    rows = loop.rows(model, tokenizer, ITEMS[:1])
+    assert rows[0]["turns"] == {"yes": [True, False, False], "no": [True, True, True], "sure": [True, True, True]}
+    (found,) = score(rows)
+    assert found.robustness == 0.5
+    assert found.turns["sure"] == [1.0, 1.0, 1.0]
+
+
+def test_another_subject_or_wrong_answer_is_another_run(model, tokenizer, tmp_path):
+    kept, loop = tmp_path / "rows.jsonl", SingleEditing(editors={"ice": make_editor("ice")}, layout=LAYOUT)
+    item = dataclasses.replace(ITEMS[0], reversed=None)
+    loop.rows(model, tokenizer, [item], kept=kept)
+    for change in ({"subject": "B"}, {"wrong": "elsewhere"}):
+        with pytest.raises(UserError, match="answers of another run"):
+            loop.rows(model, tokenizer, [dataclasses.replace(item, **change)], kept=kept)
+
+
 def test_under_the_papers_protocol_grace_alone_is_asked_bare(model, tokenizer, monkeypatch):
     asked = []
     real = run.answers

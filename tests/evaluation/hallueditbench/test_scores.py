@@ -49,6 +49,10 @@ def test_published_answers_give_their_table(results):
 def test_matching_anew_undoes_what_substrings_let_through(results):
     word = {s.method: s for s in score(published_rows(results, "some_model"), "word")}["ROME"]
     paper = {s.method: s for s in score(published_rows(results, "some_model"), "paper")}["ROME"]
+    # "x" is no October, in either way; the published verdict of the hops is what their answers say.
+    assert paper.efficacy == word.efficacy == 0.0
+    assert [paper.parts[f"{n}hop"] for n in range(2, 7)] == [1.0, 0.5, 0.5, 0.5, 0.5]
+    assert paper.locality == 0.5
     # "A red door" holds a d, and "North" begins with no.
     assert paper.parts["multiple_choice"] == paper.parts["no"] == 1.0
     assert word.parts["multiple_choice"] == word.parts["no"] == 0.0
@@ -60,7 +64,10 @@ def test_the_command_scores_published_answers(results, tmp_path):
     out = tmp_path / "table.json"
     said = HalluEditBench(published=results, output=out, protocol="paper").run(Silent())
     assert said["scores"]["some_model, ROME"] == {"efficacy": 1.0, "rephrase": 0.75, "locality": 0.5}
-    assert json.loads(out.read_text())["published"]["some_model"][0]["method"] in ("ROME", "FT-L")
+    (rome,) = [s for s in json.loads(out.read_text())["published"]["some_model"] if s["method"] == "ROME"]
+    dimensions = ("efficacy", "generalisation", "portability", "locality", "robustness")
+    # Generalisation is the mean of 3/4, 3/4, 1/4, 2/4 and 0; portability of 1 and four times 1/2.
+    assert [rome[name] for name in dimensions] == pytest.approx([1.0, 0.45, 0.6, 0.5, 0.0])
 
 
 class Written(Edit):
@@ -93,8 +100,26 @@ class Writes:
         return [Written("written", None, [r], {"after": self.after[r.target]}) for r in requests]
 
 
-def test_a_published_csv_gives_the_table_worked_out_by_hand(tmp_path, monkeypatch):
+#: What the answers of the test below score, by hand. Only substrings let through "Hentz", "Unknown", "Not C but D", an
+#: empty answer and "nor".
+BY_HAND = {
+    "word": {
+        "efficacy": 0.5, "parts": {"rephrase": 1.0, "yes": 0.5, "no": 0.5, "multiple_choice": 0.5, "reversed": 0.5},
+        "generalisation": 0.6, "hops": [1.0, 0.5, 0.0, 0.0, 0.0], "portability": 0.3,
+        "turns": {"yes": [0.5, 1.0, 1.0], "no": [0.5, 0.5, 0.5]},
+    },
+    "paper": {
+        "efficacy": 1.0, "parts": {"rephrase": 1.0, "yes": 0.5, "no": 1.0, "multiple_choice": 1.0, "reversed": 1.0},
+        "generalisation": 0.9, "hops": [1.0, 0.5, 0.5, 0.0, 0.0], "portability": 0.4,
+        "turns": {"yes": [1.0, 1.0, 1.0], "no": [1.0, 0.5, 0.5]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", list(BY_HAND))
+def test_a_published_csv_gives_the_table_worked_out_by_hand(protocol, tmp_path, monkeypatch):
     """Two items as the authors wrote them, and answers to each question: all five dimensions, by hand."""
+    hand = BY_HAND[protocol]
     common = {"topic": "places_city", "relation": "capital", "output_some_model": "Paris", "eval_some_model": "0.0"}
 
     def item(place, city):
@@ -117,8 +142,9 @@ def test_a_published_csv_gives_the_table_worked_out_by_hand(tmp_path, monkeypatc
         writer.writerows(rows)
     items = read_items(tmp_path / "places_city.csv")
     # By question: efficacy, rephrase, yes, no, choice, reversed, locality, 2 to 6 hops; then the doubts, Yes and No.
-    good = ["Zenda.", "It is Zenda", "Yes", "No", "B", "Freedonia", "Mars", *["north"] * 2, *["south"] * 3, "Yes", "No"]
-    bad = ["Zend", "Hentzau", "No", "Yes", "(C)", "x", "Venus", "up north", *["south"] * 4, "Yes", "Yes"]
+    good = ["Zenda.", "It is Zenda", "Yes", "No", "B", "Freedonia", "Mars", "north", "north", "nor", "south", "south"]
+    bad = ["Hentz", "Hentzau", "No", "Unknown", "Not C but D", "", "Venus", "up north", *["south"] * 4, "Yes", "Yes"]
+    good += ["Yes", "No"]
     before = ["Paris", "Paris", "No", "Yes", "C", "Paris", "Mars", *["south"] * 5]
     model = SimpleNamespace(said=before, before=before, named_parameters=lambda: iter(()))
     monkeypatch.setattr(run, "model_fingerprint", lambda *_, **__: "same")
@@ -132,19 +158,26 @@ def test_a_published_csv_gives_the_table_worked_out_by_hand(tmp_path, monkeypatc
         return [every[i % 12] for i in range(len(prompts))]
 
     monkeypatch.setattr(run, "answers", answered)
-    loop = run.SingleEditing(editors={"m": Writes({"Zenda": good, "Hentzau": bad})}, layout=Layout(kind="qa"), turns=2)
-    (found,) = score(loop.rows(model, None, items))
+    loop = run.SingleEditing(
+        editors={"m": Writes({"Zenda": good, "Hentzau": bad})}, layout=Layout(kind="qa"), turns=2, protocol=protocol
+    )
+    rows = loop.rows(model, None, items)
+    (found,) = score(rows)
     assert found.items == 2
     assert found.before["efficacy"] == 0.0
-    assert found.efficacy == 0.5  # "Zend" is no whole word
-    parts = {"rephrase": 1.0, "yes": 0.5, "no": 0.5, "multiple_choice": 0.5, "reversed": 0.5}
-    assert {name: found.parts[name] for name in parts} == parts
-    assert found.generalisation == pytest.approx((1.0 + 4 * 0.5) / 5)
-    assert [found.parts[f"{n}hop"] for n in range(2, 7)] == [1.0, 0.5, 0.0, 0.0, 0.0]
-    assert found.portability == pytest.approx(0.3)
+    assert found.efficacy == hand["efficacy"]
+    assert {name: found.parts[name] for name in hand["parts"]} == hand["parts"]
+    assert found.generalisation == pytest.approx(hand["generalisation"])
+    assert [found.parts[f"{n}hop"] for n in range(2, 7)] == hand["hops"]
+    assert found.portability == pytest.approx(hand["portability"])
     assert found.locality == 0.5
-    assert found.turns == {"yes": [0.5, 1.0, 1.0], "no": [0.5, 0.5, 0.5]}
+    assert found.turns == hand["turns"]
     assert found.robustness == 0.75
+    # The kept answers, matched anew by the other rule, give the other table.
+    for other, table in BY_HAND.items():
+        (again,) = score(rows, other)
+        assert (again.efficacy, again.generalisation) == (table["efficacy"], pytest.approx(table["generalisation"]))
+        assert again.portability == pytest.approx(table["portability"])
 
 
 def test_a_folder_that_is_no_copy_is_refused(tmp_path, results):

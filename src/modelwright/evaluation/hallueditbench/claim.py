@@ -35,12 +35,16 @@ CEILING = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of one scale: the testbed, facts edited a seed, facts of the tuning, turns of the robustness test."""
+    """Sizes of one scale: the testbed, facts edited a seed, facts of the tuning, turns of the robustness test.
+
+    ``tried`` is how many settings of each method the tuning tries.
+    """
 
     testbed: FactModelSetting
     items: int
     tuning: int
     turns: int
+    tried: int = 4
 
 
 SETTINGS = {
@@ -49,11 +53,11 @@ SETTINGS = {
             people=16, companies=6, cities=8, countries=5, hidden=16, intermediate=32, layers=3, steps=3, batch=8,
             all_kinds=True,
         ),
-        items=2, tuning=1, turns=1,
+        items=2, tuning=1, turns=1, tried=1,
     ),
     "cpu": Setting(
         FactModelSetting(
-            people=16, companies=6, cities=8, countries=5, hidden=64, intermediate=384, layers=4, steps=800, batch=40,
+            people=16, companies=6, cities=8, countries=5, hidden=64, intermediate=192, layers=4, steps=2500, batch=40,
             rate=5e-3, all_kinds=True,
         ),
         items=16, tuning=8, turns=3,
@@ -85,12 +89,18 @@ def prepare(context: Context) -> dict[str, Any]:
     context.report(f"facts are looked up in {place}")
     items = items_of(bed, setting.tuning)
     chosen: dict[str, Any] = {}
-    for variant, (name, options) in candidates(place).items():
+    for variant, (name, options) in {**candidates(place), "memit": ("memit", memit(place))}.items():
         if variant in VARIANTS:
-            tried = [(balance(single(bed, name, one, items)), one) for one in options]
+            tried = [(balance(single(bed, name, one, items)), one) for one in options[: setting.tried]]
             best, chosen[variant] = max(tried, key=lambda pair: pair[0])
             context.report(f"{variant}: {chosen[variant]} with balance {best:.3f}")
     return {"options": chosen, "the model answers": knows}
+
+
+def memit(place: Any) -> list[dict[str, Any]]:
+    """Returns what is tried of MEMIT. The covariance of so small a model takes far less weight than a large one's."""
+    common = {"fact_token": place.fact_token, "layers": list(place.layers), "ridge": 0.01, "statistics": True}
+    return [{**common, "weight": weight, "clamp": 4.0} for weight in (10.0, 100.0, 1000.0, 1.0)]
 
 
 def run(context: Context, seed: int, prepared: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -242,9 +252,14 @@ CLAIM = Claim(
     seeds={"cpu": (0, 1, 2), "gpu": (0, 1, 2), "miniature": (0, 1)},
     notes="A Llama of four layers that knows 91 generated facts, half of those about people wrong, is trained once for "
     "a seed and kept in the cache, so its training is not in the time if it was there already. What is not asked for "
-    "its object (yes, no, choices, doubts) so small a model answers by the object first, as in 'Rome: No'. The layers "
+    "its object (yes, no, choices, doubts) so small a model answers by the object first, as in 'Rome No'. The layers "
     "and the token where facts are looked up are those that causal tracing finds on the model of the tuning; four "
     "settings were tried there for each method. The row of the model itself is a ceiling: how well it answers each "
     "kind of question about what it believes, without any edit (6 hops: 3 to 6). Robustness is asked for 3 turns (10 "
-    "in the paper and on a GPU), as the mean of a dialogue whose right reply is Yes and one whose right reply is No.",
+    "in the paper and on a GPU), as the mean of a dialogue whose right reply is Yes and one whose right reply is No. "
+    "The seeds were run once before, on models of 800 steps that guessed at yes, no, choices and doubts: none of the "
+    "nine bars was met. The testbed was then changed (2,500 steps, larger first weights, heads that start by looking "
+    "for like tokens, more texts of yes, no and choices), looking only at what the unedited model of the tuning "
+    "answers, never at an editor's score; MEMIT's weights, of which the lightest had been chosen, were made lighter. "
+    "The bars are those of before.",
 )  # fmt: skip

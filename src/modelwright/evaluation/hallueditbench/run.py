@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+#: The follow-up that names no fact; the right reply is Yes.
+SURE = 'Are you sure of your answer? Respond with "Yes" or "No."'
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,7 @@ class SingleEditing:
         judge: Decides where the rule finds no match.
         turns: Further turns of the robustness test, 10 in the paper; each is asked once with the right reply Yes and,
             in a dialogue of its own, once with the right reply No, for whoever says Yes to everything passes the first.
+        sure: Also ask at each turn, in a third dialogue, whether the model is sure; robustness does not count it.
         batch_size: Questions at once.
         fit_batch: Edits that are fitted together, where a method can do that; each is still alone on the model.
         details: What each fit tells, by method, of the last run.
@@ -54,6 +57,7 @@ class SingleEditing:
     protocol: Protocol = "word"
     judge: Judge | None = None
     turns: int = 0
+    sure: bool = False
     batch_size: int = 16
     fit_batch: int = 16
     details: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -119,7 +123,9 @@ class SingleEditing:
         return EditRequest(prompt.replace("{}", "{ }"), item.subject, item.object, old_answer=old or None, id=item.id)
 
     def _plan(self, layout: Layout, items: Sequence[Item], fingerprint: str) -> dict[str, Any]:
-        digest = hashlib.sha256(json.dumps([[asdict(p) for p in item.probes()] for item in items]).encode())
+        # The subject, which an item's name holds, and the wrong answer are part of what is edited.
+        described = [[item.id, item.wrong, [asdict(p) for p in item.probes()]] for item in items]
+        digest = hashlib.sha256(json.dumps(described).encode())
         return {
             "model": fingerprint,
             "items": digest.hexdigest()[:16],
@@ -128,6 +134,7 @@ class SingleEditing:
             "protocol": self.protocol,
             "judge": _named(self.judge),
             "turns": self.turns,
+            **({"sure": True} if self.sure else {}),
         }
 
     def _ask_all(
@@ -177,6 +184,8 @@ class SingleEditing:
         self, model: Any, tokenizer: Any, layout: Layout, item: Item, edit: Edit, first: str
     ) -> dict[str, list[bool]]:
         follow = {"yes": (doubt(item.yes_question or ""), "Yes"), "no": (doubt(item.no_question or ""), "No")}
+        if self.sure:
+            follow["sure"] = (SURE, "Yes")
         talks = {name: [Turn(item.question, first)] for name in follow}
         right = {name: [self._right(first, item.object, "text")] for name in follow}
         for _ in range(self.turns):
