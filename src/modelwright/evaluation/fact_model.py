@@ -159,22 +159,21 @@ def train(
 
 @torch.no_grad()
 def _start(model: Any, seed: int) -> None:
-    """Gives the layers larger weights, and half of the heads, but for the first layer's, an eye for like tokens.
+    """Gives the layers larger weights, and half of the heads an eye for tokens like the one they stand at.
 
     Queries and keys of those heads start from the same weights, after Trockman and Kolter's mimetic initialisation
     (arXiv 2305.09828). Whether a name is the one in the question, or which letter it has, needs such heads; from the
-    usual weights of 0.02 so small a model still guessed after 2,000 steps.
+    usual weights of 0.02 so small a model still guessed at both after 2,000 steps.
     """
     generator = torch.Generator().manual_seed(seed)
     deviation = 0.8 / math.sqrt(model.config.hidden_size)
-    for number, layer in enumerate(model.model.layers):
+    for layer in model.model.layers:
         for weight in (w for w in layer.parameters() if w.dim() == 2):
             weight.mul_(deviation / model.config.initializer_range)
-        if number:
-            query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
-            rows = len(query) // 2
-            query[:rows] = torch.randn(rows, query.shape[1], generator=generator) * 1.25 * deviation
-            key[:rows] = query[:rows]
+        query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+        rows = len(query) // 2
+        query[:rows] = torch.randn(rows, query.shape[1], generator=generator) * 1.25 * deviation
+        key[:rows] = query[:rows]
 
 
 def _rows(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[tuple[list[int], list[int]]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: A person's relations.
 PERSONAL = ("born_in", "works_for", "mentor", "plays")
-#: Share of the training that teaches facts and reading before all kinds of question.
+#: Share of the training that teaches comparing, letters and reading before all kinds of question.
 FIRST = 0.4
 #: Wordings of a question that training uses; the last of the four is never seen.
 WORDINGS = 3
@@ -254,19 +254,19 @@ class FactModelTexts:
                 self.arithmetic: 10, self.copying: 7,
             }  # fmt: skip
         return {
-            self.fact: 12, self.yes_or_no: 13, self.choice: 20, self.backwards: 4, self.two_hops: 7, self.many_hops: 6,
-            self.in_context: 4, self.contradicted: 13, self.of_strangers: 5, self.beside_context: 5,
-            self.beside_fact: 4, self.followed_up: 7,
+            self.fact: 11, self.yes_or_no: 11, self.choice: 19, self.backwards: 4, self.two_hops: 7, self.many_hops: 7,
+            self.in_context: 4, self.contradicted: 11, self.of_strangers: 5, self.beside_context: 5,
+            self.beside_fact: 4, self.followed_up: 12,
         }  # fmt: skip
 
     @property
     def first_kinds(self) -> dict[Callable[[Draw], Asked], int]:
-        """What the start of training draws from: facts, and reading a context, on which all else is built."""
+        """What the start of training draws from: above all letters and yes or no, which are learned last otherwise."""
         if not self.setting.all_kinds:
             return self.kinds
         return {
-            self.fact: 24, self.of_strangers: 26, self.in_context: 6, self.copying: 4, self.yes_or_no: 14,
-            self.choice: 22, self.beside_context: 4,
+            self.choice: 40, self.yes_or_no: 24, self.of_strangers: 16, self.fact: 10, self.in_context: 5,
+            self.copying: 5,
         }  # fmt: skip
 
     def draw_text(self, draw: Draw, done: float = 1.0) -> Asked:

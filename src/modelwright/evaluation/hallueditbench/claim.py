@@ -57,8 +57,8 @@ SETTINGS = {
     ),
     "cpu": Setting(
         FactModelSetting(
-            people=16, companies=6, cities=8, countries=5, hidden=64, intermediate=192, layers=4, steps=2500, batch=40,
-            rate=5e-3, all_kinds=True,
+            people=16, companies=6, cities=8, countries=5, hidden=64, intermediate=192, layers=4, steps=3000, batch=40,
+            rate=1.5e-3, all_kinds=True,
         ),
         items=16, tuning=8, turns=3,
     ),
@@ -258,7 +258,7 @@ CLAIM = Claim(
     "kind of question about what it believes, without any edit (6 hops: 3 to 6). Robustness is asked for 3 turns (10 "
     "in the paper and on a GPU), as the mean of a dialogue whose right reply is Yes and one whose right reply is No. "
     "The seeds were run once before, on models of 800 steps that guessed at yes, no, choices and doubts: none of the "
-    "nine bars was met. The testbed was then changed (2,500 steps, larger first weights, heads that start by looking "
+    "nine bars was met. The testbed was then changed (3,000 steps, larger first weights, heads that start by looking "
     "for like tokens, more texts of yes, no and choices), looking only at what the unedited model of the tuning "
     "answers, never at an editor's score; MEMIT's weights, of which the lightest had been chosen, were made lighter. "
     "The bars are those of before.",
