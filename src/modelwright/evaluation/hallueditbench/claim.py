@@ -258,8 +258,9 @@ CLAIM = Claim(
     "kind of question about what it believes, without any edit (6 hops: 3 to 6). Robustness is asked for 3 turns (10 "
     "in the paper and on a GPU), as the mean of a dialogue whose right reply is Yes and one whose right reply is No. "
     "The seeds were run once before, on models of 800 steps that guessed at yes, no, choices and doubts: none of the "
-    "nine bars was met. The testbed was then changed (3,000 steps, larger first weights, heads that start by looking "
-    "for like tokens, more texts of yes, no and choices), looking only at what the unedited model of the tuning "
-    "answers, never at an editor's score; MEMIT's weights, of which the lightest had been chosen, were made lighter. "
+    "nine bars was met. The testbed was then changed (3,000 steps at a smaller rate, larger first weights, heads that "
+    "start by looking for like tokens; choices, yes and no taught first), looking only at what the unedited model of "
+    "the tuning answers, never at an editor's score. MEMIT's weights, of which the lightest had been chosen, were made "
+    "lighter: 1 to 1,000. "
     "The bars are those of before.",
 )  # fmt: skip
