@@ -1,4 +1,4 @@
-"""ROME and MEMIT: seconds an edit against a straightforward implementation; the solve and statistics at 7B's width.
+"""ROME and MEMIT: seconds an edit against a straightforward implementation, also at 7B's width; the solve; statistics.
 
     python benchmarks/editing.py [--quick] [--threads 2] [--device cpu|cuda] [--output results/benchmarks/editing.json]
 
@@ -7,9 +7,13 @@ through the whole model at each of the 25 steps, all logits, full matrices (C⁻
 with the full λC + KKᵀ in each layer of each edit). Both sides do the same steps of the same optimisation, and their
 results are compared. It is run on some of the requests only, and the requests at once on all.
 
-Targets: at least 5 times as fast an edit for 100 requests on a tiny Llama; MEMIT's delta at d_ff = 11,008 in under 10 s
-on a CPU, the factorisation included; statistics at 80 % of the plain forward speed or more, in one layer of the shapes
-of Llama-2-7B.
+In one layer of Llama-2-7B's shapes (with a small vocabulary, and two contexts, so that the straightforward side ends on
+a CPU) facts are edited at the prompt's last token, since no layer is above that would read the subject. What either
+side does once for all requests, the inverse or the factor of C, is shared out among the 100.
+
+Targets: at least 5 times as fast an edit for 100 requests on a tiny Llama and in one layer of Llama-2-7B's shapes;
+MEMIT's delta at d_ff = 11,008 in under 10 s on a CPU, the factorisation included; statistics at 80 % of the model's
+plain forward speed or more. About 6 minutes on two free cores.
 """
 
 from __future__ import annotations
@@ -85,11 +89,13 @@ def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torc
     return ids, mask
 
 
-def plain_target(model: Any, request: EditRequest, module: Any, contexts: list[str], steps: int = 25) -> Any:
+def plain_target(
+    model: Any, request: EditRequest, module: Any, contexts: list[str], fact: Any = "subject_last", steps: int = 25
+) -> Any:
     """v* or z of one request: returns m₀, δ, keys' rows."""
     pairs = [encode_pair(TOKENIZER, c + request.text, request.target) for c in contexts]
-    places = [locate(TOKENIZER, c + request.text, request.subject).position for c in contexts]
-    kl = locate(TOKENIZER, f"{request.subject} is a", request.subject)
+    places = [locate(TOKENIZER, c + request.text, request.subject, fact).position for c in contexts]
+    kl = locate(TOKENIZER, f"{request.subject} is a", request.subject, fact)
     rows = [[*head, *tail[:-1]] for head, tail in pairs] + [kl.ids]
     ids, mask = pad(rows, model.device)
     at = torch.tensor([*places, kl.position], device=model.device)
@@ -141,10 +147,12 @@ def plain_look(model: Any, module: Any, rows: list[tuple[list[int], int]], side:
     ]
 
 
-def plain_rome(model: Any, request: EditRequest, layer: int, contexts: list[str], inverse: torch.Tensor) -> Any:
+def plain_rome(
+    model: Any, request: EditRequest, layer: int, contexts: list[str], inverse: torch.Tensor, fact: str = "subject_last"
+) -> Any:
     down = roles(model).layers[layer].down
     assert down is not None
-    initial, delta, rows = plain_target(model, request, down.module, contexts)
+    initial, delta, rows = plain_target(model, request, down.module, contexts, fact)
     keys = plain_look(model, down.module, rows, "input").double()
     u = inverse @ keys.mean(0)
     u /= u.norm()
@@ -153,11 +161,12 @@ def plain_rome(model: Any, request: EditRequest, layer: int, contexts: list[str]
 
 
 def plain_memit(
-    model: Any, request: EditRequest, layers: list[int], contexts: list[str], covariances: dict[int, torch.Tensor]
-) -> list[torch.Tensor]:
+    model: Any, request: EditRequest, layers: list[int], contexts: list[str], covariances: dict[int, torch.Tensor],
+    fact: str = "subject_last",
+) -> list[torch.Tensor]:  # fmt: skip
     parts = roles(model)
     block = parts.layers[layers[-1]].block
-    initial, delta, rows = plain_target(model, request, block, contexts)
+    initial, delta, rows = plain_target(model, request, block, contexts, fact)
     made = []
     kept = [parts.layers[layer].block.state_dict() for layer in layers]
     kept = [{name: value.clone() for name, value in state.items()} for state in kept]
@@ -173,6 +182,19 @@ def plain_memit(
     for layer, state in zip(layers, kept):
         parts.layers[layer].block.load_state_dict(state)
     return made
+
+
+def apart(name: str, expected: list[Any], edits: list[Any]) -> float:
+    """The median difference of two sides' changes, as a share of the norm."""
+    shares = [
+        float((delta.dense().double() - change).norm().detach() / change.norm())
+        for changes, edit in zip(expected, edits)
+        for change, delta in zip(changes, edit.deltas.values())
+    ]
+    middle = sorted(shares)[len(shares) // 2]
+    # Adam at lr 0.5 turns the sign of a rounding error into a step, so single entries may part; most do not.
+    assert middle < 0.05, f"{name}: the two differ by {middle:.3f} of the norm"
+    return middle
 
 
 def per_edit(device: torch.device, shape: dict[str, Any], n: int, plain: int, batch: int) -> list[dict[str, Any]]:
@@ -212,13 +234,7 @@ def per_edit(device: torch.device, shape: dict[str, Any], n: int, plain: int, ba
             slow = min(slow, seconds / plain)
             seconds, edits = clock(device, partial(editor.fit_each, model, TOKENIZER, asked))
             fast = min(fast, seconds / n)
-        apart = []
-        for changes, edit in zip(expected, edits):
-            for change, delta in zip(changes, edit.deltas.values()):
-                apart.append(float((delta.dense().double() - change).norm().detach() / change.norm()))
-        middle = sorted(apart)[len(apart) // 2]
-        # Adam at lr 0.5 turns the sign of a rounding error into a step, so single entries may part; most do not.
-        assert middle < 0.05, f"{name}: the two differ by {middle:.3f} of the norm"
+        middle = apart(name, expected, edits)
         seconds, _ = clock(device, partial(editor.fit, model, TOKENIZER, asked))
         found.append({
             "method": name,
@@ -232,9 +248,51 @@ def per_edit(device: torch.device, shape: dict[str, Any], n: int, plain: int, ba
     return found
 
 
-def seven_b(device: torch.device, quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def wide_edits(device: torch.device, shape: dict[str, Any], n: int, batch: int) -> list[dict[str, Any]]:
+    """Seconds an edit of both methods in one layer of a large model's shapes; straightforward on one request."""
+    model = tiny_model("llama", **{**shape, "vocab_size": len(TOKENIZER)}).to(device)
+    model.requires_grad_(False)
+    texts = [row["text"] for row in WORLD.corpus]
+    statistics = KeyStatistics.collect(model, TOKENIZER, texts, [0], n_tokens=2_000)
+    contexts = sample_contexts(model, TOKENIZER, [(10, 1)])[:2]
+    asked = requests(n)
+    found = []
+    for name in ("rome", "memit"):
+        own: Any = {
+            "statistics": statistics,
+            "contexts": contexts,
+            "batch_size": batch,
+            "fact_token": "last",
+            **OPTIONS,
+        }
+        editor: Any = ROME(layer=0, **own) if name == "rome" else MEMIT(layers=[0], **own)
+        statistics._factors.clear()
+        fast, edits = clock(device, partial(editor.fit_each, model, TOKENIZER, asked))
+        statistics._factors.clear()
+        ridged = statistics.covariance(0).to(device, torch.float64)
+        ridged.diagonal().add_(0.01 * ridged.diagonal().mean())
+        once = 0.0
+        if name == "rome":
+            once, inverse = clock(device, partial(torch.linalg.inv, ridged))
+            slow, expected = clock(device, partial(plain_rome, model, asked[0], 0, contexts, inverse, "last"))
+            expected = [expected]
+            del inverse
+        else:
+            slow, expected = clock(device, partial(plain_memit, model, asked[0], [0], contexts, {0: ridged}, "last"))
+        found.append({
+            "method": name,
+            "straightforward (s an edit)": slow + once / n,
+            "each alone, all at once (s an edit)": fast / n,
+            "times as fast": (slow + once / n) / (fast / n),
+            "difference": apart(name, [expected], edits[:1]),
+        })  # fmt: skip
+        del ridged, expected, edits
+        print(found[-1], flush=True)
+    return found
+
+
+def seven_b(device: torch.device, shape: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Key statistics and the solve in one layer of Llama-2-7B's shapes."""
-    shape = {**LLAMA_2_7B, **({"intermediate_size": 1024, "hidden_size": 512} if quick else {})}
     model = tiny_model("llama", **shape).to(device)
     window, rows = 512, 32 if device.type == "cuda" else 4
     corpus = " ".join(row["text"] for row in WORLD.corpus)
@@ -242,16 +300,17 @@ def seven_b(device: torch.device, quick: bool) -> tuple[list[dict[str, Any]], li
     texts = [TOKENIZER.decode(tokens[n * window : (n + 1) * window]) for n in range(rows)]
     texts = [text for text in texts if len(TOKENIZER(text)["input_ids"]) == window]
     ids = torch.tensor([TOKENIZER(text)["input_ids"] for text in texts], device=device)
-    plain = ours = float("inf")
+    plain = body = ours = float("inf")
     statistics = None
-    for _ in range(3):
+    for _ in range(2):
 
-        def forward() -> None:
+        def forward(**options: Any) -> None:
             with torch.no_grad():
                 for part in ids.split(4):
-                    model(input_ids=part, use_cache=False)
+                    model(input_ids=part, use_cache=False, **options)
 
         plain = min(plain, clock(device, forward)[0])
+        body = min(body, clock(device, partial(forward, logits_to_keep=1))[0])
         seconds, statistics = clock(
             device,
             lambda: KeyStatistics.collect(
@@ -266,6 +325,7 @@ def seven_b(device: torch.device, quick: bool) -> tuple[list[dict[str, Any]], li
         "plain forward (tokens/s)": ids.numel() / plain,
         "statistics (tokens/s)": ids.numel() / ours,
         "statistics ÷ plain": plain / ours,
+        "statistics ÷ plain without logits": body / ours,
     }]  # fmt: skip
     print(speed[0], flush=True)
     d, d_ff = shape["hidden_size"], shape["intermediate_size"]
@@ -304,7 +364,9 @@ def main() -> None:
     n, plain = (8, 2) if options.quick else (100, 10)
     shape = SHAPES["cpu" if options.quick else device.type]
     edits = per_edit(device, shape, n, plain, batch=16 if device.type == "cpu" else 32)
-    speed, solved = seven_b(device, options.quick)
+    wide = {**LLAMA_2_7B, **({"intermediate_size": 1024, "hidden_size": 512} if options.quick else {})}
+    wide_edit = wide_edits(device, wide, n, batch=16 if device.type == "cpu" else 32)
+    speed, solved = seven_b(device, wide)
     where = "2 cores" if device.type == "cpu" else "a GPU"
     result = {
         "title": f"Editing: ROME, MEMIT and their statistics on {where}",
@@ -312,18 +374,19 @@ def main() -> None:
         "tables": {
             f"Seconds an edit, {n} requests, a Llama of {shape['num_hidden_layers']} layers, width "
             f"{shape['hidden_size']}": edits,
+            f"Seconds an edit, {n} requests, one layer of Llama-2-7B's shapes": wide_edit,
             "Key statistics against a plain forward pass, one layer of Llama-2-7B's shapes": speed,
             "MEMIT's delta, float64": solved,
         },
         "notes": (
             f"Asked: {TARGETS['speed']:.0f} times as fast; the first solve at d_ff 11,008 under "
             f"{TARGETS['solve_seconds']:.0f} s on a CPU; statistics at {TARGETS['statistics']:.0%} of the plain speed "
-            f"(they end before the down projection and the head). Straightforward runs on {plain} of the requests. All "
-            f"in float32, 25 steps, random weights, {options.threads} threads."
+            f"(they end before the down projection and the head). Straightforward runs on {plain} of the requests, "
+            f"in the wide layer on 1. All in float32, 25 steps, random weights, {options.threads} threads."
         ),
         "command": "python benchmarks/editing.py" + (f" --device {options.device}" if device.type != "cpu" else ""),
         "met": {
-            "speed": all(row["times as fast"] >= TARGETS["speed"] for row in edits),
+            "speed": all(row["times as fast"] >= TARGETS["speed"] for row in edits + wide_edit),
             "solve": all(row["first (s)"] < TARGETS["solve_seconds"] for row in solved),
             "statistics": speed[0]["statistics ÷ plain"] >= TARGETS["statistics"],
         },

@@ -41,6 +41,23 @@ def test_the_gram_is_that_of_one_text_at_a_time(family):
     assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
 
 
+def test_of_a_wide_gram_half_is_computed_and_the_rest_is_its_mirror(tmp_path, monkeypatch):
+    from modelwright.editing import statistics
+
+    model, options = tiny_model("llama"), {"layers": [0, 1], "batch_tokens": 256}
+    plain = KeyStatistics.collect(model, TOKENIZER, TEXTS, **options)
+    monkeypatch.setattr(statistics, "_STRIP", 10)
+    assert len(statistics._strips(len(plain.grams[0]))) > 3
+    # It is written, and goes on, after each group of documents.
+    found = KeyStatistics.collect(
+        model, TOKENIZER, TEXTS, **options, path=tmp_path / "keys.safetensors", save_seconds=-1
+    )
+    for layer in (0, 1):
+        first = statistics._strips(len(found.grams[layer]))[0].stop
+        assert torch.equal(found.grams[layer][first:, :first], found.grams[layer][:first, first:].T)
+        assert torch.allclose(found.grams[layer], plain.grams[layer], rtol=1e-4, atol=1e-6 * plain.count)
+
+
 def test_it_stops_at_the_number_of_tokens():
     model = tiny_model("llama")
     assert KeyStatistics.collect(model, TOKENIZER, TEXTS, [0], n_tokens=777).count == 777

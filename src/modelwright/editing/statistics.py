@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FORMAT = "modelwright key statistics 1"
+_STRIP = 1024  # rows of a Gram matrix at once
 _DOCUMENTS = 64  # read, sorted by length and run together; a file that is resumed goes on after such a group
 
 
@@ -144,10 +145,10 @@ class KeyStatistics:
                     progress.advance(seen)
                 found.documents += len(group)
                 if path is not None and time.monotonic() - saved > save_seconds:
-                    found.grams = {layer: gram.cpu() for layer, gram in grams.items()}
+                    found.grams = {layer: _whole(gram) for layer, gram in grams.items()}
                     found.save(path, force=True)
                     saved = time.monotonic()
-        found.grams = {layer: gram.cpu() for layer, gram in grams.items()}
+        found.grams = {layer: _whole(gram) for layer, gram in grams.items()}
         found.complete = True
         if not found.count:
             raise UserError("The texts hold no tokens, so there are no statistics: give some text.")
@@ -326,6 +327,21 @@ def _batches(rows: list[list[int]], batch_tokens: int) -> Iterator[list[list[int
         yield batch
 
 
+def _strips(width: int) -> list[slice]:
+    """Rows that are added to together. Left of its strip's first column a Gram matrix is left out: it is symmetric."""
+    count = max(1, width // _STRIP)
+    edges = [width * i // count for i in range(count + 1)]
+    return [slice(first, last) for first, last in itertools.pairwise(edges)]
+
+
+def _whole(gram: torch.Tensor) -> torch.Tensor:
+    """Returns a Gram matrix on the CPU, with what was left out filled in."""
+    gram = gram.cpu()
+    for strip in _strips(len(gram)):
+        gram[strip.stop :, strip] = gram[strip, strip.stop :].T
+    return gram
+
+
 def _add(model: PreTrainedModel, downs: dict[int, Any], grams: dict[int, torch.Tensor], rows: list[list[int]]) -> None:
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -339,7 +355,8 @@ def _add(model: PreTrainedModel, downs: dict[int, Any], grams: dict[int, torch.T
     def add_to(gram: torch.Tensor) -> Any:
         def look(keys: torch.Tensor) -> None:
             keys = (keys[real] if padded else keys.flatten(0, 1)).float()
-            gram.addmm_(keys.T, keys)
+            for strip in _strips(len(gram)):
+                gram[strip, strip.start :].addmm_(keys[:, strip].T, keys[:, strip.start :])
 
         return look
 
