@@ -326,6 +326,8 @@ def test_what_is_refused(tmp_path):
         SERAC().save(tmp_path / "x")
     with pytest.raises(UserError, match="no serac.json"):
         SERAC(trained=tmp_path)
+    with pytest.raises(UserError, match="needs an encoder that is trained"):
+        SERAC(classifier="cross").train(model, TOKENIZER, FACTS, small=tiny_model("gpt2"))
     with pytest.raises(UserError, match="small model"):
         SERAC().train(model, TOKENIZER, FACTS)
     with pytest.raises(UserError, match="same tokenizer"):
@@ -337,3 +339,42 @@ def test_what_is_refused(tmp_path):
             logits(model, "Freedonia")
         with pytest.raises(UserError, match="input_ids"):
             model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_the_cross_encoder_reads_edit_and_input_together(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    model = tiny_model("llama")
+    bert = BertModel(
+        BertConfig(vocab_size=259, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ).eval()
+    texts = ["Freedonia?", "Something else"]
+    for encoder in (bert, None):
+        words = byte_tokenizer() if encoder else None
+        parts = SeracParts(tiny_model("gpt2", seed=7), encoder, words, size=24 if encoder else 32, classifier="cross")
+        assert torch.equal(parts.scores(model, TOKENIZER, texts, FACTS[:3], torch.zeros(3, 0)), torch.full((2, 3), 0.5))
+        with torch.no_grad():
+            parts.projection.weight.normal_(std=2.0, generator=torch.Generator().manual_seed(0))
+            parts.projection.bias.fill_(0.3)
+        editor = SERAC()
+        editor.parts = parts.eval().requires_grad_(False)
+        edit = editor.fit(model, TOKENIZER, FACTS[:3])
+        found = parts.scores(model, TOKENIZER, texts, edit.requests, edit.memory)
+        with torch.no_grad():
+            for i, text in enumerate(texts):
+                for j, fact in enumerate(FACTS[:3]):
+                    first = f"{fact.text} {fact.target}"
+                    if encoder is not None:
+                        state = encoder(**TOKENIZER(first, text, return_tensors="pt")).last_hidden_state[0, 0]
+                    else:
+                        ids = torch.tensor([TOKENIZER(f"{first} {text}")["input_ids"]])
+                        state = model.model(ids).last_hidden_state[0].mean(0)
+                    wanted = float((parts.projection.weight[0] @ state + 0.3).sigmoid())
+                    assert float(found[i, j]) == pytest.approx(wanted, abs=1e-5)
+        best, picks = edit.scope(model, texts)
+        assert torch.equal(best, found.amax(1))
+        assert picks.tolist() == [int(row.argmax()) if float(row.max()) > 0.5 else -1 for row in found]
+        edit.save(tmp_path / f"edit {encoder is None}")
+        loaded = load_edit(tmp_path / f"edit {encoder is None}")
+        assert loaded.parts.identity == parts.identity
+        assert torch.allclose(loaded.scope(model, texts)[0], best, atol=1e-6)

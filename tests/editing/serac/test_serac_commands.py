@@ -210,3 +210,25 @@ def test_a_delta_of_mend_too(folder, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["completion"] for row in rows] == by_hand
     assert any(row["completion"] != row["plain"] for row in rows)
+
+
+def test_the_cross_encoder_is_trained(folder, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    from modelwright.models.tiny import seeded
+
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with seeded(0):
+        bert = BertModel(BertConfig(vocab_size=len(TOKENIZER), **shape))
+    save_model(bert, TOKENIZER, tmp_path / "bert")
+    elsewhere = ["Therefore a tea .", "You and I .", "Because I likes tea ."]
+    write(tmp_path / "elsewhere.jsonl", [{"text": text} for text in elsewhere])
+    options = {"steps": 120, "accumulate": 2, "learning_rate": 1e-2, "edit_weight": 1.0, "others": 2}
+    EditTrain(
+        method="serac", model=str(folder / "model"), requests=[str(folder / "facts.jsonl")], output=tmp_path / "serac",
+        locality=[str(tmp_path / "elsewhere.jsonl")],
+        set={"small": str(folder / "small"), "encoder": str(tmp_path / "bert"), "classifier": "cross", **options},
+    ).run(Silent())  # fmt: skip
+    editor = make_editor("serac", {"trained": str(tmp_path / "serac")})
+    scores, _ = editor.fit(trained(), TOKENIZER, ASKED).scope(trained(), [*PROMPTS, *elsewhere])
+    assert float(scores[: len(PROMPTS)].min()) > 0.5 > float(scores[len(PROMPTS) :].max())

@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 from modelwright.editing.edit import HookEdit, edits_on
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.serac.parts import SeracParts
-from modelwright.editing.serac.scope import scope_scores
 from modelwright.errors import UserError
 from modelwright.models.loading import load_tokenizer
 
@@ -36,7 +35,7 @@ class SeracEdit(HookEdit):
     Attributes:
         parts: The trained parts.
         tokenizer: The model's tokenizer.
-        memory: (edits, size): the edits' embeddings.
+        memory: (edits, size): the edits' embeddings; the cross-encoder keeps none.
         threshold: Score above which an input is in scope.
     """
 
@@ -66,8 +65,7 @@ class SeracEdit(HookEdit):
         """Returns each text's highest score (n,), and the number of that edit (n,) int64 or −1 where it is too low."""
         if not self.requests:
             return torch.zeros(len(texts)), torch.full((len(texts),), _NONE)
-        queries = self.parts.embed(model, self.tokenizer, texts)
-        best, index = scope_scores(queries, self.memory.to(queries)).max(1)
+        best, index = self.parts.scores(model, self.tokenizer, texts, self.requests, self.memory).max(1)
         return best, torch.where(best > self.threshold, index, _NONE)
 
     def holds(self, other: SeracEdit) -> bool:

@@ -17,8 +17,8 @@ from modelwright.editing.learning import Lesson, Lessons, TrainedEditor, learn, 
 from modelwright.editing.requests import EditRequest, check_requests
 from modelwright.editing.sentences import load_encoder
 from modelwright.editing.serac.edit import SeracEdit
-from modelwright.editing.serac.parts import Pooling, SeracParts, check_vocabulary
-from modelwright.editing.serac.scope import log_mixture, scope_scores
+from modelwright.editing.serac.parts import Classifier, Pooling, SeracParts, check_vocabulary
+from modelwright.editing.serac.scope import log_mixture
 from modelwright.errors import UserError
 from modelwright.files import atomic_path
 from modelwright.models.loading import load_model
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 class SERAC(TrainedEditor):
     """SERAC: keep the edits as text; inputs that a classifier finds in their scope are answered by a small model.
 
-    Train it once for a model (:meth:`train`, or `modelwright edit train serac`). The paper's cross-encoder classifier
-    is not part of it: scope is told by distance of embeddings.
+    Train it once for a model (:meth:`train`, or `modelwright edit train serac`). Scope is told by the distance of
+    embeddings, or, with ``classifier=cross``, by reading each edit with the input: that takes a pass of the encoder for
+    each edit in memory, and starts at a score of ½ for every pair.
     """
 
     name: ClassVar[str] = "serac"
@@ -52,13 +53,16 @@ class SERAC(TrainedEditor):
         str | None,
         Arg("Training: encoder of texts, a folder or hub id; the model's own states by default.", kind="input"),
     ] = None
+    classifier: Annotated[
+        Classifier, Arg("Training: embedding: compare edit and input; cross: read them together, slower.")
+    ] = "embedding"
     pooling: Annotated[Pooling, Arg("Training: of hidden states; auto: cls of an encoder, mean of own states.")] = (
         "auto"
     )
     separator: Annotated[str, Arg("Training: what stands between edit and input for the small model.")] = " "
     others: Annotated[int, Arg("Training: further edits in memory beside the one that is asked for.")] = 3
 
-    shapes_training: ClassVar[tuple[str, ...]] = ("encoder", "pooling", "separator", "others")
+    shapes_training: ClassVar[tuple[str, ...]] = ("encoder", "classifier", "pooling", "separator", "others")
     #: The parts, once trained or loaded.
     parts: Any = field(default=None, init=False, repr=False, compare=False)
 
@@ -107,12 +111,18 @@ class SERAC(TrainedEditor):
             raise UserError("SERAC needs a small model with the same tokenizer as the model: name it (small=).")
         small = (small if small is not None else load_model(str(self.small), device="cpu")).to(model.device)
         check_vocabulary(small, tokenizer)
+        if self.classifier == "cross" and not self.encoder:
+            raise UserError(
+                "The cross-encoder needs an encoder that is trained (encoder=): a linear map of the model's own "
+                "states, which are frozen, cannot compare two texts."
+            )
         encoder, encoder_tokenizer = load_encoder(self.encoder) if self.encoder else (None, None)
         size = (encoder if encoder is not None else model).get_input_embeddings().weight.shape[1]
         hidden = (encoder if encoder is not None else model).config.hidden_size
         parts = SeracParts(
-            small, encoder, encoder_tokenizer, size=hidden or size, pooling=self.pooling, separator=self.separator
-        ).to(model.device)
+            small, encoder, encoder_tokenizer, size=hidden or size, pooling=self.pooling, separator=self.separator,
+            classifier=self.classifier,
+        ).to(model.device)  # fmt: skip
         parts.eval().requires_grad_(True)
         self._spread(parts, model, tokenizer, lessons.training)
         parameters = [p for p in parts.parameters() if p.requires_grad]
@@ -187,6 +197,8 @@ class SERAC(TrainedEditor):
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[EditRequest],
     ) -> None:
+        if parts.classifier == "cross":
+            return
         some = parts.embed_requests(model, tokenizer, requests[:64])
         squares = torch.cdist(some, some).square()
         mean = float(squares.sum()) / max(len(some) * (len(some) - 1), 1)
@@ -199,7 +211,7 @@ class SERAC(TrainedEditor):
         """Returns c_edit NLL(answer | mixture in scope) + c_loc KL(base ‖ mixture out of scope)."""
         memory = [lesson.request, *lesson.others]
         embedded = parts.embed_requests(model, tokenizer, memory)
-        scores, best = scope_scores(parts.embed(model, tokenizer, [lesson.prompt, lesson.elsewhere]), embedded).max(1)
+        scores, best = parts.scores(model, tokenizer, [lesson.prompt, lesson.elsewhere], memory, embedded).max(1)
 
         def mixture(inputs: dict[str, Any], row: int) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.no_grad():

@@ -19,6 +19,7 @@ from modelwright.editing.fingerprint import checksum, model_fingerprint
 from modelwright.editing.learning import plain_inputs
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.sentences import load_encoder
+from modelwright.editing.serac.scope import scope_scores
 from modelwright.editing.subject import encode_pair
 from modelwright.errors import UserError
 from modelwright.files import read_json, write_json
@@ -31,13 +32,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Pooling = Literal["auto", "cls", "mean"]
+#: How scope is told: by the distance of two embeddings, or by reading edit and input together.
+Classifier = Literal["embedding", "cross"]
+_PAIRS = 64  # edits and inputs read together at once
 
 
 class SeracParts(nn.Module):
     """The trained parts: they belong to a base model and its tokenizer, and neither is changed.
 
     Embeddings φ are a linear map of either an encoder's first token (``cls``) or mean, or, without an encoder, of the
-    mean of the base model's own last hidden states.
+    mean of the base model's own last hidden states. The cross-encoder reads "edit answer" and the input together, and
+    its score is the logistic function of a linear map of the same states.
 
     Args:
         small: The counterfactual model, which has the base model's tokenizer.
@@ -46,6 +51,7 @@ class SeracParts(nn.Module):
         size: Size of the hidden states that are pooled.
         pooling: ``auto`` is ``cls`` with an encoder and ``mean`` without.
         separator: Text between an edit and the input in what the small model reads.
+        classifier: How scope is told.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class SeracParts(nn.Module):
         size: int,
         pooling: Pooling = "auto",
         separator: str = " ",
+        classifier: Classifier = "embedding",
     ) -> None:
         super().__init__()
         self.small = small
@@ -65,14 +72,21 @@ class SeracParts(nn.Module):
         self.pooling = pooling
         self.separator = separator
         self.folder: Path | None = None  # where they are kept
-        self.projection = nn.Linear(size, size, bias=False)
-        nn.init.eye_(self.projection.weight)
+        self.classifier = classifier
+        if classifier == "cross":
+            self.projection = nn.Linear(size, 1)
+            nn.init.zeros_(self.projection.weight)  # ½ for every pair, and the same start whatever the seed
+            nn.init.zeros_(self.projection.bias)
+        else:
+            self.projection = nn.Linear(size, size, bias=False)
+            nn.init.eye_(self.projection.weight)
 
     @cached_property
     def identity(self) -> str:
         """A hash (hex) of all parts as they are when it is first asked for: after the training."""
         models = [self.small, *([self.encoder] if self.encoder is not None else [])]
-        known = [*map(model_fingerprint, models), checksum(self.projection.weight), self.pooling, self.separator]
+        known = [*map(model_fingerprint, models), *map(checksum, self.projection.parameters())]
+        known += [self.pooling, self.separator, self.classifier]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
 
     def embed(
@@ -90,9 +104,20 @@ class SeracParts(nn.Module):
             texts: The inputs x.
             answers: The answers y, of edits.
         """
+        behind = None if answers is None else [answer.strip() for answer in answers]
+        return self._projected(model, tokenizer, texts, behind)
+
+    def _projected(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        behind: Sequence[str] | None = None,
+    ) -> torch.Tensor:
+        """The linear map of the pooled states of texts, each with another behind it if there is one."""
         self.projection.to(model.device)
         if self.encoder is None or self.encoder_tokenizer is None:
-            joined = [t if answers is None else f"{t} {answers[i].strip()}" for i, t in enumerate(texts)]
+            joined = [t if behind is None else f"{t} {behind[i]}" for i, t in enumerate(texts)]
             inputs = plain_inputs(model, tokenizer, [text or " " for text in joined])
             inner: Any = unwrap(model)
             with torch.no_grad():
@@ -102,7 +127,7 @@ class SeracParts(nn.Module):
             self.encoder.to(model.device)
             longest = context_length(self.encoder) or 512
             encoded = self.encoder_tokenizer(
-                list(texts), *([[a.strip() for a in answers]] if answers is not None else []), padding=True,
+                list(texts), *([list(behind)] if behind is not None else []), padding=True,
                 truncation=True, max_length=longest, return_tensors="pt", padding_side="right",
             ).to(model.device)  # fmt: skip
             inputs = {"attention_mask": encoded["attention_mask"]}
@@ -117,8 +142,37 @@ class SeracParts(nn.Module):
     def embed_requests(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
     ) -> torch.Tensor:
-        """Returns φ(x_e; y_e) of edits, (n, size)."""
+        """Returns φ(x_e; y_e) of edits, (n, size): what the memory keeps. Of the cross-encoder that is (n, 0)."""
+        if self.classifier == "cross":
+            return torch.zeros(len(requests), 0)
         return self.embed(model, tokenizer, [r.text for r in requests], [r.target for r in requests])
+
+    def scores(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        requests: Sequence[EditRequest],
+        memory: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns how much each input is in the scope of each edit: (texts, edits) in [0, 1].
+
+        Args:
+            model: The base model.
+            tokenizer: Its tokenizer.
+            texts: The inputs.
+            requests: The edits.
+            memory: What :meth:`embed_requests` returned for them.
+        """
+        if self.classifier == "embedding":
+            queries = self.embed(model, tokenizer, texts)
+            return scope_scores(queries, memory.to(queries))
+        edits = [f"{r.text} {r.target.strip()}" for r in requests]
+        pairs = [(edit, text) for text in texts for edit in edits]
+        found = [
+            self._projected(model, tokenizer, *zip(*pairs[at : at + _PAIRS])) for at in range(0, len(pairs), _PAIRS)
+        ]
+        return torch.cat(found)[:, 0].sigmoid().view(len(texts), len(edits))
 
     def logits(
         self,
@@ -184,8 +238,12 @@ class SeracParts(nn.Module):
         write_model(self.small, None, folder / "small")
         if self.encoder is not None and self.encoder_tokenizer is not None:
             write_model(self.encoder, self.encoder_tokenizer, folder / "encoder")
-        save_file({"projection": self.projection.weight.detach().cpu().contiguous()}, folder / "projection.safetensors")
-        about = {"format": 1, "pooling": self.pooling, "separator": self.separator, "identity": self.identity}
+        tensors = {"projection": self.projection.weight.detach().cpu().contiguous()}
+        if self.classifier == "cross":
+            tensors["bias"] = self.projection.bias.detach().cpu()
+        save_file(tensors, folder / "projection.safetensors")
+        about = {"format": 1, "pooling": self.pooling, "separator": self.separator, "classifier": self.classifier}
+        about["identity"] = self.identity
         write_json(folder / "serac.json", about)
 
     @classmethod
@@ -203,15 +261,17 @@ class SeracParts(nn.Module):
         encoder, tokenizer = load_encoder(folder / "encoder") if (folder / "encoder").is_dir() else (None, None)
         small = load_model(folder / "small", device="cpu")
         try:
-            weight = load_file(folder / "projection.safetensors")["projection"]
+            tensors = load_file(folder / "projection.safetensors")
             parts = cls(
-                small, encoder, tokenizer, size=weight.shape[0], pooling=described["pooling"],
-                separator=described["separator"],
+                small, encoder, tokenizer, size=tensors["projection"].shape[1], pooling=described["pooling"],
+                separator=described["separator"], classifier=described.get("classifier", "embedding"),
             )  # fmt: skip
-        except (OSError, KeyError, ValueError) as error:
+            with torch.no_grad():
+                parts.projection.weight.copy_(tensors["projection"])
+                if parts.classifier == "cross":
+                    parts.projection.bias.copy_(tensors["bias"])
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"The SERAC parts in {folder} are damaged ({error}): train them again.") from error
-        with torch.no_grad():
-            parts.projection.weight.copy_(weight)
         parts.eval().requires_grad_(False)
         parts.folder = folder
         _in_memory[parts.identity] = parts
