@@ -37,19 +37,22 @@ class EditHallucinations:
     force: Annotated[bool, Arg("Replace existing outputs.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:
-        """Asks and writes; returns how many were asked and how many are wrong."""
+        """Asks and writes; returns how many facts were asked, were left out, and are wrong."""
         from modelwright.data.write import check_format, write_rows
         from modelwright.errors import UserError
         from modelwright.evaluation.asking import layout_for
         from modelwright.evaluation.hallueditbench import find_hallucinations
-        from modelwright.evaluation.hallueditbench.questions import general_item, read_facts
+        from modelwright.evaluation.hallueditbench.questions import general_item, read_facts, single_valued
         from modelwright.files import check_output
         from modelwright.models.loading import load_model, load_tokenizer
         from modelwright.verbs.evaluate_hallueditbench import load_judge
 
         check_output(self.output, self.force)
         check_format(self.output)
-        facts = read_facts(self.questions, self.limit)
+        given = read_facts(self.questions, self.limit)
+        facts = single_valued(given)
+        if not facts:
+            raise UserError(f"None of the {len(given)} facts has a single answer: there is nothing to ask.")
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         layout = layout_for(tokenizer, self.layout, self.new_tokens)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
@@ -67,6 +70,7 @@ class EditHallucinations:
         return {
             "output": str(self.output),
             "questions": len(facts),
+            "left_out": len(given) - len(facts),
             "wrong": len(wrong),
             "share_wrong": len(wrong) / len(facts),
             "examples": [

@@ -8,7 +8,14 @@ import pytest
 from modelwright.errors import UserError
 from modelwright.evaluation.asking import Layout
 from modelwright.evaluation.hallueditbench import find_hallucinations, read_items
-from modelwright.evaluation.hallueditbench.questions import Fact, general_item, read_facts, world_facts, world_item
+from modelwright.evaluation.hallueditbench.questions import (
+    Fact,
+    general_item,
+    read_facts,
+    single_valued,
+    world_facts,
+    world_item,
+)
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.worlds.fact_questions import mistaken, truth_of
 from modelwright.worlds.facts import facts
@@ -105,6 +112,19 @@ def test_general_questions_for_a_users_facts(tmp_path):
         read_facts(put(tmp_path / "bad.csv", [{"question": "Where?", "answer": "Rome", "subject": "Bo"}]))
     with pytest.raises(UserError, match=r"worse\.csv:2: a fact needs question, answer and subject"):
         read_facts(put(tmp_path / "worse.csv", [{"question": "Where is Bo?", "answer": "", "subject": "Bo"}]))
+
+
+def test_what_has_several_answers_is_left_out_and_what_is_repeated_is_asked_once():
+    def fact(question, answer, subject, relation=""):
+        return Fact(question=question, answer=answer, subject=subject, relation=relation)
+
+    rome = fact("Where is Bo?", "Rome", "Bo", "place")
+    again, other = dataclasses.replace(rome, answer="rome."), fact("What is Bo?", "a dog", "Bo")
+    children = [fact("Who is a child of Al?", name, "Al", "child") for name in ("Ky", "Zed")]
+    asked_otherwise = [fact("In which city is Ky?", "Oslo", "Ky", "place"), fact("Where is Ky?", "Bern", "Ky", "place")]
+    assert single_valued([rome, *children, other, *asked_otherwise, again]) == [rome, other]
+    # Without a relation, two questions about a subject are two facts.
+    assert len(single_valued([other, dataclasses.replace(other, question="Who is Bo?", answer="Bo")])) == 2
 
 
 def test_what_a_users_file_says_stands():

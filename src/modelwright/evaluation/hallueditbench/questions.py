@@ -76,6 +76,27 @@ def read_facts(sources: str | Path | Sequence[str | Path], limit: int | None = N
     return found
 
 
+def single_valued(facts: Sequence[Fact]) -> list[Fact]:
+    """Returns the facts that have one answer, each once, in order (paper, 3.1).
+
+    Left out are those whose question, or whose subject and relation, have another answer elsewhere in the list: what
+    the model says may then be right although it is not what this fact says.
+    """
+
+    def keys(fact: Fact) -> list[tuple[str, ...]]:
+        return [(fact.question,)] + ([(fact.subject, fact.relation)] if fact.relation else [])
+
+    known: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for fact in facts:
+        for key in keys(fact):
+            known.setdefault(key, set()).add(tuple(words(fact.answer)))
+    single: dict[str, Fact] = {}
+    for fact in facts:
+        if all(len(known[key]) == 1 for key in keys(fact)):
+            single.setdefault(fact.question, fact)
+    return list(single.values())
+
+
 def general_item(fact: Fact, wrong: str, facts: Sequence[Fact], seed: int = 0) -> Item:
     """Makes the item of a user's fact; what its file says stands, the rest comes from general wordings.
 
