@@ -188,7 +188,8 @@ def test_under_the_papers_protocol_grace_alone_is_asked_bare(model, tokenizer, m
 
     monkeypatch.setattr(run, "answers", spy)
     grace = make_editor("grace", {"layer": 1, "steps": 2})
-    SingleEditing(editors={"grace": grace}, layout=LAYOUT, protocol="paper").rows(model, tokenizer, ITEMS[:1])
+    SingleEditing(editors={"grace": grace}, layout=LAYOUT, protocol="paper", turns=1).rows(model, tokenizer, ITEMS[:1])
+    assert asked.pop()[1:] == ("qa", {"batch_size": 16, "new_tokens": 3, "use_cache": False})  # both dialogues
     bare = [a for a in asked if a[1] == "raw"]
     assert bare[0] == (["Where is Bo?"], "raw", {"new_tokens": 3, "use_cache": False})
     assert len(bare) == len(ITEMS[0].probes())

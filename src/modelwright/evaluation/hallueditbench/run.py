@@ -37,7 +37,7 @@ class SingleEditing:
 
     Under ``protocol="word"`` every editor is asked in the same way. ``protocol="paper"`` repeats the published runs:
     the substring match, and GRACE alone is asked by the bare question, without a cache, for exactly as many tokens as
-    the right answer has, which is why its efficacy there is near 100.
+    the right answer has, which is why its efficacy there is near 100; the turns of its dialogues are as short.
 
     Attributes:
         editors: Name to editor.
@@ -174,25 +174,27 @@ class SingleEditing:
             })  # fmt: skip
         row: Row = {"method": method, "item": item.id, "topic": item.topic, "probes": found}
         if self.turns and item.yes_question and item.no_question:
-            row["turns"] = self._turns(model, tokenizer, layout, item, edit, after[0])
+            row["turns"] = self._turns(model, tokenizer, layout, item, edit, after[0], bare)
         return row
 
     def _right(self, answer: str, label: str, kind: Any) -> bool:
         return agrees(answer, label, kind, self.protocol, self.judge)
 
     def _turns(
-        self, model: Any, tokenizer: Any, layout: Layout, item: Item, edit: Edit, first: str
+        self, model: Any, tokenizer: Any, layout: Layout, item: Item, edit: Edit, first: str, bare: bool
     ) -> dict[str, list[bool]]:
         follow = {"yes": (doubt(item.yes_question or ""), "Yes"), "no": (doubt(item.no_question or ""), "No")}
         if self.sure:
             follow["sure"] = (SURE, "Yes")
+        # The published dialogues of GRACE are in the template, but as short as the object too.
+        short: Any = {"new_tokens": _length(tokenizer, item.object), "use_cache": False} if bare else {}
         talks = {name: [Turn(item.question, first)] for name in follow}
         right = {name: [self._right(first, item.object, "text")] for name in follow}
         for _ in range(self.turns):
             prompts = [
                 layout.text(tokenizer, [*talks[n], Turn(question)], (edit,)) for n, (question, _) in follow.items()
             ]
-            said = answers(model, tokenizer, prompts, layout, batch_size=self.batch_size)
+            said = answers(model, tokenizer, prompts, layout, batch_size=self.batch_size, **short)
             for (name, (question, label)), answer in zip(follow.items(), said, strict=True):
                 talks[name].append(Turn(question, answer))
                 right[name].append(self._right(answer, label, "yes_no"))
@@ -207,10 +209,13 @@ def _named(judge: Judge | None) -> str | None:
 
 
 def _bare(model: Any, tokenizer: Any, question: str, label: str | None) -> str:
-    raw = Layout(kind="raw")
-    length = 16 if label is None else len(tokenizer(label, add_special_tokens=False)["input_ids"])
-    (found,) = answers(model, tokenizer, [question], raw, new_tokens=max(1, length), use_cache=False)
+    length = 16 if label is None else _length(tokenizer, label)
+    (found,) = answers(model, tokenizer, [question], Layout(kind="raw"), new_tokens=length, use_cache=False)
     return found
+
+
+def _length(tokenizer: Any, text: str) -> int:
+    return max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
