@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import signal
-import subprocess
-import sys
-import textwrap
 import tracemalloc
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +19,7 @@ import pytest
 from datasets import Dataset
 from pyarrow import parquet
 
+import forked
 from modelwright.curation import scoring, stream
 from modelwright.curation.choose import Rule
 from modelwright.curation.overlap import HeldOut
@@ -409,41 +408,29 @@ def test_memory_does_not_hold_the_pool(tmp_path: Path, monkeypatch: pytest.Monke
     assert peak < 4_000_000  # the pool is 20 MB
 
 
-def test_kill_9_loses_nothing(tmp_path: Path) -> None:
+class Dying(Digits):
+    def score(self, texts: Sequence[str], workers: int = 1) -> np.ndarray:
+        if len(self.calls) == self.fail_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(texts, workers)
+
+
+def test_kill_9_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path / "pool.jsonl", rows())
-    program = textwrap.dedent(
-        """
-        import os, signal, sys
-        from dataclasses import dataclass
-        from pathlib import Path
-        from modelwright.curation import scoring
-        from modelwright.curation.choose import Rule
-        from modelwright.curation.random_sample import RandomSelector
-        from modelwright.curation.stream import Outputs, select_records
-        from modelwright.data import Records
+    monkeypatch.setattr(scoring, "BATCH_DOCUMENTS", 10)
 
-        scoring.BATCH_DOCUMENTS = 10
-        plain, scored = RandomSelector.score, []
+    def start(rank: int, fail_at: int, name: str) -> None:
+        selector = Dying()
+        selector.fail_at = fail_at
+        select_records(selector, Records(tmp_path / "pool.jsonl"), [], Rule(top=9), Outputs(chosen=tmp_path / name))
+        (tmp_path / "scored").write_text(str(sum(selector.calls)))
 
-        def score(self, texts, workers=1):
-            if len(scored) == int(sys.argv[1]):
-                os.kill(os.getpid(), signal.SIGKILL)
-            scored.append(len(texts))
-            return plain(self, texts, workers)
-
-        RandomSelector.score = score
-        select_records(RandomSelector(), Records("pool.jsonl"), [], Rule(top=9), Outputs(chosen=Path(sys.argv[2])))
-        print(sum(scored))
-        """
-    )
-
-    def start(fail_at: int, name: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-c", program, str(fail_at), name]
-        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    assert start(99, "whole.jsonl").stdout == "100\n"
-    assert start(6, "chosen.jsonl").returncode == -signal.SIGKILL
+    assert forked.run(start, 1, 99, "whole.jsonl") == [0]
+    assert (tmp_path / "scored").read_text() == "100"
+    assert forked.run(start, 1, 6, "chosen.jsonl") == [-signal.SIGKILL]
     assert not (tmp_path / "chosen.jsonl").exists()
-    assert start(99, "chosen.jsonl").stdout == "40\n"
+    assert forked.run(start, 1, 99, "chosen.jsonl") == [0]
+    assert (tmp_path / "scored").read_text() == "40"
+    (tmp_path / "scored").unlink()
     assert (tmp_path / "chosen.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {"pool.jsonl", "whole.jsonl", "chosen.jsonl"}

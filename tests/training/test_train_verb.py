@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from forked import kill_when
 from modelwright.errors import UserError
 from modelwright.models.loading import load_model, load_tokenizer, save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
@@ -121,32 +121,16 @@ def same_weights(a, b):
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
-COMMAND = """
-import json, sys
-from pathlib import Path
-from modelwright.verbs.train import Train
-from modelwright.progress import Silent
-options = json.loads(sys.argv[1])
-Train(**{**options, "output": Path(options["output"])}).run(Silent())
-"""
-
-
-def start(options):
-    return subprocess.Popen([sys.executable, "-c", COMMAND, json.dumps(options)], stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_ends_the_same(folder, tmp_path):
     long = {"steps": 150, "save_every": 17, "eval_every": 60}
-    options = vars(verb(folder, str(tmp_path / "killed"), **long))
     work = tmp_path / "killed.training"
     for _ in range(2):
         before = newest(work)
-        process = start(options)
-        while process.poll() is None and newest(work) <= before:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        kill_when(
+            lambda before=before: newest(work) > before,
+            lambda: verb(folder, tmp_path / "killed", **long).run(Silent()),
+        )
         assert not (tmp_path / "killed").exists()
     assert 17 <= newest(work) < 150
     verb(folder, tmp_path / "killed", **long).run(Silent())
@@ -237,6 +221,16 @@ def test_an_existing_output_is_refused_before_any_work(folder, tmp_path):
     (tmp_path / "m").mkdir()
     with pytest.raises(UserError, match="--force"):
         verb(folder, tmp_path / "m", data=["nowhere.jsonl"]).run(Silent())
+
+
+COMMAND = """
+import json, sys
+from pathlib import Path
+from modelwright.verbs.train import Train
+from modelwright.progress import Silent
+options = json.loads(sys.argv[1])
+Train(**{**options, "output": Path(options["output"])}).run(Silent())
+"""
 
 
 @pytest.mark.slow

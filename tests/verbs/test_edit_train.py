@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
 
+from forked import modelwright
 from modelwright.editing.mend import MEND
 from modelwright.errors import UserError
 from modelwright.models.loading import save_model
@@ -49,23 +48,12 @@ def test_wrong_options(files):
 
 
 @pytest.mark.slow
-def test_on_the_command_line(files):
-    command = [
-        sys.executable,
-        "-m",
-        "modelwright",
-        "edit",
-        "train",
-        "mend",
-        "--model",
-        "model",
-        "--requests",
-        "facts.jsonl",
-    ]
-    command += ["--set", "rank=4", "--set", "steps=2", "--output", "trained", "--json"]
-    done = subprocess.run(command, cwd=files, capture_output=True, text=True)
+def test_on_the_command_line(files, monkeypatch):
+    monkeypatch.chdir(files)
+    command = "edit train mend --model model --requests facts.jsonl --set rank=4 --set steps=2 --output trained --json"
+    done = modelwright(*command.split())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
-    again = subprocess.run(command, cwd=files, capture_output=True, text=True)
+    again = modelwright(*command.split())
     assert again.returncode == 2
     assert "exists already" in again.stderr

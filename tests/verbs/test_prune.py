@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from forked import kill_when, modelwright
 from modelwright.data import write_rows
 from modelwright.errors import UserError
 from modelwright.models.loading import load_model, save_model
@@ -154,16 +150,7 @@ def test_a_nan_in_the_weights_stops_it() -> None:
 @pytest.mark.slow
 def test_killed_in_the_search_it_goes_on(tmp_path: Path) -> None:
     prune(output=Path("whole"), steps=40)
-    command = [
-        sys.executable, "-m", "modelwright", "prune", "disp-llm", "--model", "model", "--data", "data.jsonl",
-        "--output", "small", "--block-size", "32", "--batch-size", "2", "--speed-length", "16", "--steps", "40",
-        "--lr", "1e-2", "--save-every", "2",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not Path("small.search").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(Path("small.search").exists, lambda: prune(steps=40))
     assert Path("small.search").exists()
     assert not Path("small").exists()
     with pytest.raises(UserError, match="unfinished search with other options"):
@@ -176,10 +163,8 @@ def test_killed_in_the_search_it_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_on_the_command_line_a_bad_ratio_is_one_sentence() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "modelwright", "prune", "disp-llm", "--model", "model", "--data", "data.jsonl",
-         "--ratio", "1.5", "--output", "small"], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    line = "prune disp-llm --model model --data data.jsonl --ratio 1.5 --output small"
+    done = modelwright(*line.split())
     assert done.returncode == 2
     assert "between 0 and 1, not 1.5" in done.stderr
     assert "Traceback" not in done.stderr

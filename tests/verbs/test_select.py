@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from forked import modelwright
 from modelwright.data import Records, read_texts, write_rows
 from modelwright.errors import UserError
 from modelwright.models.tiny import byte_tokenizer
@@ -146,15 +147,14 @@ def command(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 
 def test_the_command_gives_exit_codes() -> None:
-    fine = command("random", "--pool", "pool.jsonl", "--top", "3", "--json")
-    output, errors = fine.communicate(timeout=60)
-    assert fine.returncode == 0, errors
-    assert json.loads(output)["documents"] == 3
-    wrong = command("random", "--pool", "pool.jsonl", "--top", "3")
-    _, errors = wrong.communicate(timeout=60)
+    fine = modelwright("select", "random", "--pool", "pool.jsonl", "--top", "3", "--json")
+    assert fine.returncode == 0, fine.stderr
+    assert json.loads(fine.stdout)["documents"] == 3
+    wrong = modelwright("select", "random", "--pool", "pool.jsonl", "--top", "3")
     assert wrong.returncode == 2
-    assert errors.strip().endswith("chosen.jsonl exists already: choose another output, or give --force to replace it.")
-    assert "Traceback" not in errors
+    said = "chosen.jsonl exists already: choose another output, or give --force to replace it."
+    assert wrong.stderr.strip().endswith(said)
+    assert "Traceback" not in wrong.stderr
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

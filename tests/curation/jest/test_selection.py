@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+import forked
 from modelwright import catalog
 from modelwright.curation.jest.flexi import patch_size
 from modelwright.curation.jest.sampler import JointSampler
@@ -330,44 +331,24 @@ def test_missing_and_mixed_references():
 
 # Several processes
 
-PROGRAM = """
-import os, sys, torch
-sys.path.insert(0, {here!r})
-torch.distributed.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
-from modelwright.curation.jest.selection import JestSelection
-from modelwright.models.tiny_pairs import tiny_pair
-from modelwright.training.contrastive.encoded import Encoded
-from modelwright.training.contrastive.encoders import pair_encoder
 
-def encoder(seed):
-    model, tokenizer = tiny_pair("bert", seed=seed)
-    return pair_encoder(model, tokenizer, max_tokens=16).eval()
-
-learner = encoder(0)
-rows = torch.load({rows!r}, weights_only=False)
-mine = rows[int(sys.argv[1]) * 10 : int(sys.argv[1]) * 10 + 10]
-everyone = learner(learner.collator(rows))
-everyone = Encoded(*(None if x is None else x.detach() for x in everyone))
-selection = JestSelection(n_chunks=4)
-selection.attach(learner, encoder(1))
-parts = [learner.collator(mine[:6]), learner.collator(mine[6:])]
-chosen = selection.choose(lambda batches: everyone, parts, 6, 2, {{}})
-torch.save(chosen.indices, {out!r} + sys.argv[1])
-"""
+def choose_in_a_process(rank, folder, everything):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    learner = text_encoder(0)
+    selection = JestSelection(n_chunks=4)
+    selection.attach(learner, text_encoder(1))
+    mine = everything[rank * 10 : rank * 10 + 10]
+    parts = [learner.collator(mine[:6]), learner.collator(mine[6:])]
+    joint = joined(learner, [learner.collator(everything)])
+    torch.save(selection.choose(lambda batches: joint, parts, 6, 2, {}).indices, folder / f"chosen{rank}")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_choose_what_one_does(tmp_path):
-    import subprocess
-    import sys
-
     everything = rows(20)
-    torch.save(everything, tmp_path / "rows")
-    program = PROGRAM.format(
-        here=str(tmp_path), store=tmp_path / "store", rows=str(tmp_path / "rows"), out=str(tmp_path / "chosen")
-    )
-    running = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in range(2)]
-    assert [process.wait(120) for process in running] == [0, 0]
+    assert forked.run(choose_in_a_process, 2, tmp_path, everything) == [0, 0]
     found = [torch.load(tmp_path / f"chosen{rank}") for rank in range(2)]
     learner = text_encoder(0)
     selection = JestSelection(n_chunks=4)

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding.decore.decore_cases import ATTENTION, TOKENIZER, make
+from forked import modelwright
 from modelwright.attention.string import StringConfig, apply_string
 from modelwright.decoding.decore import HeadScores, Needle, RetrievalHeadScorer
 from modelwright.decoding.decore.detection import Sample, copy_scores, eager, strongest, unigram_recall
@@ -227,11 +226,10 @@ def test_a_run_without_one_right_answer_leaves_what_was_measured_and_says_so(tmp
 
 @pytest.mark.slow
 def test_the_command(tmp_path, folder):
-    done = subprocess.run(
-        [sys.executable, "-m", "modelwright", "heads", "detect", "--model", str(folder), "--output",
-         str(tmp_path / "h.json"), "--lengths", "1", "--depths", "1", "--new-tokens", "2", "--least-recall", "0"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = modelwright(
+        *["heads", "detect", "--model", folder, "--output", tmp_path / "h.json"],
+        *["--lengths", "1", "--depths", "1", "--new-tokens", "2", "--least-recall", "0"],
+    )
     assert done.returncode == 0, done.stderr
     assert "layer   0, head" in done.stdout + done.stderr
 

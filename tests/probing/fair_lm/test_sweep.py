@@ -1,16 +1,12 @@
 """The sweep: trained by the house's frame, resumed after a kill, and compared honestly."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
+from forked import kill_when
 from modelwright.errors import UserError
 from modelwright.models.loading import load_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
@@ -151,38 +147,22 @@ def test_checkpoints_can_be_swept_and_tied_models(folder, tmp_path):
     assert found["rows"][0]["train"]["average"] > 0
 
 
+def files(work):
+    return sum(1 for _ in work.rglob("*.json"))
+
+
 @pytest.mark.slow
 def test_killed_it_goes_on_and_ends_the_same(folder, swept):
-    output, log = folder / "killed", folder / "killed.log"
-    options = vars(verb(folder, output, keep_models=True, save_every=5))
-    program = (
-        "import json, sys, time\nfrom pathlib import Path\n"
-        "from modelwright.verbs.sweep_weight_decay import WeightDecay\nfrom modelwright.progress import Silent\n"
-        "from modelwright.probing.fair_lm import sweep_run\n"
-        "measure = sweep_run.LossCheckpoints._measure\n"
-        "def slow(self, step, model):\n    measure(self, step, model)\n    time.sleep(0.05)\n"
-        "sweep_run.LossCheckpoints._measure = slow\n"
-        "o = json.loads(sys.argv[1]); o['output'] = Path(o['output'])\n"
-        "WeightDecay(**o).run(Silent())\n"
-    )
-    call = [sys.executable, "-c", program, json.dumps(options, default=str)]
-    kills = 0
-    for _ in range(8):
-        with log.open("a") as stream:
-            process = subprocess.Popen(call, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=stream)
-        work = folder / "killed.training"
-        before = sum(1 for _ in work.rglob("*.json")) if work.exists() else 0
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and kills < 2:
-            now = sum(1 for _ in work.rglob("*.json")) if work.exists() else 0
-            if now >= before + 3:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.01)
-        if process.wait() == 0:
-            break
-    assert kills >= 2, log.read_text()
+    output = folder / "killed"
+    work = folder / "killed.training"
+    for _ in range(2):
+        before = files(work)
+        kill_when(
+            lambda before=before: files(work) >= before + 3,
+            lambda: verb(folder, output, keep_models=True, save_every=5).run(Silent()),
+        )
+        assert not output.exists()
+    verb(folder, output, keep_models=True, save_every=5).run(Silent())
     again, whole = json.loads((output / "result.json").read_text()), swept[2]
     for a, b in zip(again["runs"], whole["runs"], strict=True):
         assert {**a, "train_seconds": 0} == {**b, "train_seconds": 0}

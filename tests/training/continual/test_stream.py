@@ -3,16 +3,13 @@
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-import time
 import traceback
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from forked import kill_when
 from modelwright.errors import UserError
 from modelwright.models.loading import load_model, load_tokenizer, save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
@@ -253,29 +250,12 @@ def test_an_unfinished_run_with_other_options_is_refused(folder, tmp_path, monke
     verb(folder, tmp_path / "m", learning_rate=1e-3, force=True).run(Silent())
 
 
-COMMAND = """
-import json, sys
-from pathlib import Path
-from modelwright.verbs.train_continual import TrainContinual
-from modelwright.progress import Silent
-options = json.loads(sys.argv[1])
-TrainContinual(**{**options, "output": Path(options["output"])}).run(Silent())
-"""
-
-
 @pytest.mark.slow
 def test_a_process_killed_in_the_middle_of_the_stream_ends_the_same(folder, tmp_path):
     keys = {"with_": ["migu"], "options": {"mode": "param"}, "steps": 40, "save_every": 5}
-    options = vars(verb(folder, str(tmp_path / "m"), **keys))
     work = tmp_path / "m.training"
     for sign in ("state-1", "task-1/checkpoint-*/modelwright.json", "state-2"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, json.dumps(options)], stderr=subprocess.PIPE, text=True
-        )
-        while process.poll() is None and not list(work.glob(sign)):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        kill_when(lambda sign=sign: any(work.glob(sign)), lambda: verb(folder, tmp_path / "m", **keys).run(Silent()))
         assert not (tmp_path / "m").exists()
     verb(folder, tmp_path / "m", **keys).run(Silent())
     verb(folder, tmp_path / "whole", **keys).run(Silent())
@@ -297,7 +277,6 @@ def _member(rank, folder, keys):
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
         result = run(folder / "work", **keys)
         torch.save((weights(result), result.matrix.rows, log(result)), folder / f"{rank}.pt")
-        torch.distributed.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         os._exit(1)

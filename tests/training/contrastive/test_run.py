@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import functional
 from transformers import AutoModel, AutoProcessor
 
+from forked import kill_when
 from modelwright import catalog
 from modelwright.errors import UserError
 from modelwright.evaluation.retrieval import evaluate_retrieval
@@ -159,14 +158,7 @@ def newest(work):
 @pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_ends_the_same(folder, undisturbed, tmp_path):
     work = tmp_path / "m.training"
-    # Forked: to import everything again would take most of the test's time.
-    process = multiprocessing.get_context("fork").Process(target=verb(folder, tmp_path / "m").run, args=(Silent(),))
-    process.start()
-    while process.is_alive() and newest(work) < 11:
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    kill_when(lambda: newest(work) >= 11, lambda: verb(folder, tmp_path / "m").run(Silent()))
     assert not (tmp_path / "m").exists()
     assert newest(work) in (11, 22)
     verb(folder, tmp_path / "m").run(Silent())

@@ -213,7 +213,8 @@ def _process(rank, folder, output):
 
 @pytest.mark.slow
 def test_two_processes_give_what_the_librarys_loss_gives(folder, tmp_path):
-    torch.multiprocessing.spawn(_process, (folder, tmp_path), nprocs=2)
+    # Forked: to import everything again would take most of the test's time.
+    torch.multiprocessing.start_processes(_process, (folder, tmp_path), nprocs=2, start_method="fork")
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for found in results:
         for ours, theirs in (found[:2], found[2:]):

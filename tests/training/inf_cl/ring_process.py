@@ -1,6 +1,6 @@
 """One process of the group in test_ring.py: compares what the ring gives with what one process computes from all rows.
 
-Run as ``ring_process.py MODE RANK SIZE FOLDER``. Every process writes FOLDER/RANK.json: for each case, by how much each
+Every process runs :func:`main` and writes FOLDER/RANK.json: for each case, by how much each
 quantity differs (NaN and infinities included: they are compared as numbers and fail), or the message of an error.
 """
 
@@ -8,10 +8,7 @@ import datetime
 import json
 import os
 import signal
-import sys
 from pathlib import Path
-
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import torch
 import torch.distributed as dist
@@ -223,7 +220,8 @@ def cases(group):
     yield "afterwards", lambda: compare(group, *softmax(True), [scale])
 
 
-def main(mode, rank, size, folder):
+def main(rank, size, mode, folder):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     report = {}
@@ -265,7 +263,3 @@ def main(mode, rank, size, folder):
     Path(folder, f"{rank}.json").write_text(json.dumps(report))
     if mode == "cases":
         dist.barrier()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

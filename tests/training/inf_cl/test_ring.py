@@ -3,41 +3,31 @@
 import functools
 import json
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 from modelwright.errors import UserError
 from modelwright.training.inf_cl import ring
-
-PROCESS = Path(__file__).with_name("ring_process.py")
+from training.inf_cl import ring_process
 
 
 def run(mode, size, answers):
     """Starts a group; returns the reports of the ranks in ``answers``, when these have ended."""
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(PROCESS), mode, str(rank), str(size), folder],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(size)
-        ]
+        processes = [forked.start(ring_process.main, rank, size, mode, folder) for rank in range(size)]
         try:
             for rank in answers:
-                output, _ = processes[rank].communicate(timeout=240)
-                assert processes[rank].returncode == 0, output
+                processes[rank].join(forked.PATIENCE)
+                assert processes[rank].exitcode == 0
         finally:
-            codes = [p.poll() for p in processes]
+            codes = [p.exitcode for p in processes]
             for process in processes:
                 process.kill()  # also ends one that was stopped
-                process.communicate()
+                process.join()
         return codes, [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in answers]
 
 
