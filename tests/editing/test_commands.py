@@ -45,8 +45,8 @@ def run(verb, **options):
 
 def edit(folder, output, **others):
     return run(
-        EditModel, model=str(folder / "model"), method="memit", requests=[str(folder / "edits.jsonl")], output=output,
-        statistics=str(folder / "keys.safetensors"), **{"set": OPTIONS, **others},
+        EditModel, method="memit", requests=[str(folder / "edits.jsonl")], output=output,
+        statistics=str(folder / "keys.safetensors"), **{"model": str(folder / "model"), "set": OPTIONS, **others},
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_an_edited_checkpoint_is_an_ordinary_one_and_comes_back_to_the_last_bit(
     back = run(EditRevert, model=str(tmp_path / "edited"), output=tmp_path / "back")
     assert back == {"output": str(tmp_path / "back"), "taken_off": 1, "left": 0}
     assert same(folder / "model", tmp_path / "back")
-    assert "modelwright_base" not in (tmp_path / "back" / "config.json").read_text()
+    assert '"modelwright_' not in (tmp_path / "back" / "config.json").read_text()
     with pytest.raises(UserError, match="has no edits to take off"):
         run(EditRevert, model=str(tmp_path / "back"), output=tmp_path / "more")
 
@@ -101,6 +101,23 @@ def test_edits_on_edits_come_off_one_by_one_or_all(folder, tmp_path):
     assert same(tmp_path / "one", tmp_path / "back to one")
     assert run(EditRevert, model=str(tmp_path / "two"), output=tmp_path / "none", all=True)["taken_off"] == 2
     assert same(folder / "model", tmp_path / "none")
+
+
+def test_an_edited_checkpoint_that_was_trained_is_a_model_of_its_own(folder, tmp_path):
+    """Statistics of the model below its edits are not those of one that was trained since."""
+    edit(folder, tmp_path / "one", limit=3)
+    edit(folder, tmp_path / "two", limit=1, model=str(tmp_path / "one"))
+    run(EditRevert, model=str(tmp_path / "two"), output=tmp_path / "back to one")
+    for name in ("one", "two", "back to one"):
+        assert base_fingerprint(load_model(tmp_path / name)) == model_fingerprint(load_model(folder / "model"))
+    model = load_model(tmp_path / "one")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    save_model(model, TOKENIZER, tmp_path / "trained")
+    trained_on = load_model(tmp_path / "trained")
+    assert base_fingerprint(trained_on) == model_fingerprint(trained_on)
+    with pytest.raises(UserError, match="key statistics are of another model"):
+        edit(folder, tmp_path / "three", model=str(tmp_path / "trained"))
 
 
 def test_a_checkpoint_that_was_changed_afterwards_is_not_reverted(folder, tmp_path):

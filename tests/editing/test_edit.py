@@ -89,6 +89,31 @@ def test_a_stack_comes_off_in_reverse_order_bit_by_bit():
         edits[0].revert_(model)
 
 
+def test_many_come_off_at_once_and_the_lowest_stay(monkeypatch):
+    model = tiny_model("llama").to(torch.bfloat16)
+    other = "model.layers.0.mlp.down_proj.weight"
+    before, states, edits = bits(model), [], []
+    for seed in range(6):
+        edit = Doubled("doubled", None) if seed == 3 else low_rank(model, seed, name=NAME if seed % 2 else other)
+        edit.apply_(model)
+        edits.append(edit)
+        states.append((bits(model), model(torch.tensor([[1, 2]])).logits))
+    added, real = [], LowRank.added_to
+    monkeypatch.setattr(LowRank, "added_to", lambda self, weight: added.append(1) or real(self, weight))
+    revert_all(model, keep=4)
+    assert edits_on(model) == edits[:4]
+    revert_all(model, keep=2)
+    assert len(added) == 3 + 1  # those that stay on a weight that one was taken off, once each
+    assert edits_on(model) == edits[:2]
+    assert same(states[1][0], bits(model))
+    assert torch.equal(states[1][1], model(torch.tensor([[1, 2]])).logits)
+    revert_all(model)
+    assert len(added) == 3 + 1
+    assert same(before, bits(model))
+    assert edits_on(model) == []
+    revert_all(model)
+
+
 def test_another_model_is_refused():
     edit = low_rank(tiny_model("llama"))
     with pytest.raises(UserError, match="fitted on a model with fingerprint"):

@@ -16,6 +16,7 @@ import torch
 from modelwright import files
 from modelwright.editing.edit import Edit, WeightEdit, base_fingerprint, edits_on, load_edit
 from modelwright.editing.examples import answer_logits, make_examples
+from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.subject import encode_pair
 from modelwright.errors import UserError
@@ -74,6 +75,7 @@ def save_edited(
             edit.write(folder)
             save_file({n: t.cpu().contiguous() for n, t in before.items()}, folder / "originals.safetensors")
         model.config.modelwright_base = base
+        model.config.modelwright_edited = model_fingerprint(model)
         write_model(model, tokenizer, partial)
 
 
@@ -111,8 +113,12 @@ def take_off_last(
             f"Without its last edit {source} is not the model that the edit was fitted on: its weights were changed "
             f"afterwards (trained, converted or rounded), so the edit cannot be taken off."
         )
-    if len(noted) == 1 and hasattr(model.config, "modelwright_base"):
-        del model.config.modelwright_base
+    if len(noted) > 1:
+        model.config.modelwright_edited = model_fingerprint(model)
+    else:
+        for name in ("modelwright_base", "modelwright_edited"):
+            if hasattr(model.config, name):
+                delattr(model.config, name)
     return edit, list(noted[:-1])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -51,18 +51,22 @@ def edits_on(model: nn.Module) -> list[Edit]:
 def base_fingerprint(model: nn.Module) -> str:
     """Returns the fingerprint of the model below all edits that are on it; statistics of that model fit this one.
 
-    A checkpoint that was saved with edits in it remembers the fingerprint in its config, as ``modelwright_base``.
+    A checkpoint that was saved with edits in it remembers that fingerprint in its config, as ``modelwright_base``, and
+    its own as ``modelwright_edited``: once its weights are others, trained ones for example, it is a model of its own.
     """
     inner = unwrap(model)
-    recorded = getattr(getattr(inner, "config", None), "modelwright_base", None)
-    if isinstance(recorded, str):
-        return recorded
     stack = _stacks.get(inner)
     if stack is None or not stack.edits:  # an edit that was refused leaves a stack without any
-        return model_fingerprint(inner)
+        return _recorded(inner, model_fingerprint(inner))
     if stack.base is None:
-        stack.base = model_fingerprint(inner, instead=stack.originals.items())
+        stack.base = _recorded(inner, model_fingerprint(inner, instead=stack.originals.items()))
     return stack.base
+
+
+def _recorded(model: nn.Module, found: str) -> str:
+    config = getattr(model, "config", None)
+    base, edited = (getattr(config, f"modelwright_{name}", None) for name in ("base", "edited"))
+    return base if isinstance(base, str) and edited in (None, found) else found
 
 
 @contextlib.contextmanager
@@ -262,10 +266,45 @@ def load_edit(folder: str | Path) -> Edit:
 
 
 @torch.no_grad()
-def revert_all(model: nn.Module) -> None:
-    """Takes all edits off a model; the weights have the bits that they had before the first."""
-    while edits := edits_on(model):
-        edits[-1].revert_(model)
+def revert_all(model: nn.Module, keep: int = 0) -> None:
+    """Takes edits off a model, the last one first; the weights have the bits that they had before.
+
+    Weights are written once, however many edits there are: a thousand one by one would be half a million additions.
+
+    Args:
+        model: The model.
+        keep: How many of the edits stay, the lowest ones.
+    """
+    inner = unwrap(model)
+    stack = _stacks.get(inner)
+    if stack is None:
+        return
+    names: dict[str, None] = {}
+    while len(stack.edits) > keep:
+        edit = stack.edits[-1]
+        if isinstance(edit, WeightEdit):
+            names |= dict.fromkeys(edit.deltas)
+        else:
+            edit._take_off(inner, stack)
+        stack.edits.pop()
+    _rewrite(inner, stack, names, stack.edits)
+    if not stack.edits:
+        del _stacks[inner]
+
+
+@torch.no_grad()
+def _rewrite(model: nn.Module, stack: _Stack, names: Iterable[str], edits: Sequence[Edit]) -> None:
+    """Gives weights the values that they have with some edits on the model."""
+    parameters = dict(model.named_parameters())
+    left = [edit for edit in edits if isinstance(edit, WeightEdit)]
+    for name in names:
+        value, touched = stack.originals[name], False
+        for edit in left:
+            if name in edit.deltas:
+                value, touched = edit.deltas[name].added_to(value), True
+        parameters[name].copy_(value)
+        if not touched:
+            del stack.originals[name]
 
 
 class WeightEdit(Edit):
@@ -317,18 +356,8 @@ class WeightEdit(Edit):
             stack.originals.setdefault(name, parameters[name].detach().clone())
         _write(parameters, values)
 
-    @torch.no_grad()
     def _take_off(self, model: nn.Module, stack: _Stack) -> None:
-        parameters = dict(model.named_parameters())
-        below = [edit for edit in stack.edits[:-1] if isinstance(edit, WeightEdit)]
-        for name in self.deltas:
-            value, touched = stack.originals[name], False
-            for edit in below:
-                if name in edit.deltas:
-                    value, touched = edit.deltas[name].added_to(value), True
-            parameters[name].copy_(value)
-            if not touched:
-                del stack.originals[name]
+        _rewrite(model, stack, self.deltas, stack.edits[:-1])
 
     def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         state: dict[str, Any] = {}

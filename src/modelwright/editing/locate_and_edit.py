@@ -12,7 +12,7 @@ import torch
 
 from modelwright.editing.capture import Site, capture
 from modelwright.editing.contexts import check_contexts, sample_contexts
-from modelwright.editing.edit import Edit, WeightEdit, base_fingerprint, check_editable, merge
+from modelwright.editing.edit import Edit, WeightEdit, base_fingerprint, check_editable, edits_on, merge, revert_all
 from modelwright.editing.editor import Editor
 from modelwright.editing.requests import EditRequest, check_requests
 from modelwright.editing.statistics import KeyStatistics
@@ -108,14 +108,14 @@ class LocateAndEdit(Editor):
         if not self.sequential or len(requests) == 1:
             return self._fit(model, tokenizer, requests, progress)
         done: list[WeightEdit] = []
+        before = len(edits_on(model))
         try:
             for request in requests:
                 edit = self._fit(model, tokenizer, [request], progress)
                 edit.apply_(model)
                 done.append(edit)
         finally:
-            for edit in reversed(done):
-                edit.revert_(model)
+            revert_all(model, keep=before)
         return merge(done)
 
     def fit_each(

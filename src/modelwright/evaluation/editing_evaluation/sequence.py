@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelwright.editing.edit import Edit, WeightEdit, load_edit
+from modelwright.editing.edit import Edit, WeightEdit, edits_on, load_edit, revert_all
 from modelwright.editing.editor import Editor
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest, check_requests
@@ -166,9 +166,10 @@ class SequentialEditing:
 
     def restore(self) -> None:
         """Takes the edits off, the last one first: the model has its first bits."""
-        while self._edits:
-            self._edits.pop().revert_(self.model)
-        self._originals = {}
+        if self._edits and edits_on(self.model)[-1] is not self._edits[-1]:
+            self._edits[-1].revert_(self.model)  # says what is in the way
+        revert_all(self.model, keep=len(edits_on(self.model)) - len(self._edits))
+        self._edits, self._originals = [], {}
 
     def run(self, abilities: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Goes through all states, measures, restores the model, and returns the measurements.
