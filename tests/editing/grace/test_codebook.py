@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -97,6 +99,27 @@ def test_a_trained_value_reaches_its_record_only():
     book.set_value(torch.tensor([7.0, 7.0]))
     assert [r.value.tolist() for r in book.records] == [[1, 1], [7, 7]]
     assert book.stacked(torch.device("cpu"))[1].tolist() == [[1, 1], [7, 7]]
+
+
+@given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4), st.integers(0, 2)), min_size=1, max_size=15))
+def test_copied_described_and_trained_it_is_what_adding_all_again_makes(edits):
+    book = Codebook(1.5)
+    for number, (x, y, label) in enumerate(edits):
+        key = torch.tensor([float(x), float(y)])
+        case, near, _ = book.case(key, (label,))
+        value = book.records[near].value if case == "grow" else torch.full((2,), float(number))
+        book.add(Entry(f"e{number}", key, (label,), value))
+        book.set_value(torch.full((2,), number + 0.5))
+    wanted = repr(Codebook(1.5, book.entries).records)
+    assert repr(book.records) == wanted
+    copied = book.copy()
+    again = Codebook.of_records(1.5, book.entries, json.loads(json.dumps(book.described())))
+    assert repr(copied.records) == repr(again.records) == wanted
+    for other in (copied, again):
+        other.add(Entry("more", torch.tensor([0.5, 0.5]), (1,), torch.zeros(2)))
+        other.set_value(torch.ones(2))
+    assert repr(copied.records) == repr(again.records) == repr(Codebook(1.5, again.entries).records)
+    assert repr(book.records) == wanted
 
 
 def test_an_empty_codebook_holds_nothing():

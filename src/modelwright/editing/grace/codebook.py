@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -137,7 +137,10 @@ class Codebook:
 
     def set_value(self, value: torch.Tensor) -> None:
         """Gives the last edit, and so the record that serves it, another value (d,), such as the trained one."""
-        self._rebuild([*self.entries[:-1], replace(self.entries[-1], value=value)])
+        before = self.entries[-1].value
+        self.entries[-1] = replace(self.entries[-1], value=value)
+        next(record for record in self.records if record.value is before).value = value
+        self._stacked = None
 
     def _rebuild(self, entries: list[Entry]) -> None:
         self.entries, self.records, self._stacked = [], [], None
@@ -146,7 +149,29 @@ class Codebook:
 
     def copy(self) -> Codebook:
         """Returns a codebook that can be changed without changing this one."""
-        return Codebook(self.radius, self.entries)
+        new = Codebook(self.radius)
+        new.entries = list(self.entries)
+        new.records = [replace(record, entries=list(record.entries)) for record in self.records]
+        return new
+
+    def described(self) -> list[dict[str, Any]]:
+        """Returns the records as JSON: of key and value the numbers of the entries that they come from."""
+        keys = {id(entry.key): number for number, entry in enumerate(self.entries)}
+        values = {id(entry.value): number for number, entry in enumerate(self.entries)}
+        return [
+            {"key": keys[id(r.key)], "value": values[id(r.value)], "radius": r.radius, "entries": list(r.entries)}
+            for r in self.records
+        ]
+
+    @classmethod
+    def of_records(cls, radius: float, entries: Sequence[Entry], records: Iterable[Mapping[str, Any]]) -> Codebook:
+        """Returns the codebook that :meth:`described` was asked of: to add a thousand entries again takes long."""
+        new = cls(radius)
+        new.entries = list(entries)
+        for row in records:
+            made, value = entries[row["key"]], entries[row["value"]].value
+            new.records.append(Record(made.key, value, row["radius"], made.label, list(row["entries"])))
+        return new
 
     def look_up(self, queries: torch.Tensor) -> torch.Tensor:
         """Returns the record that each query belongs to: that of the nearest key, if the query is within its radius.

@@ -119,6 +119,7 @@ class GraceEdit(HookEdit):
             "rule": self.rule,
             "radius": self.codebook.radius,
             "entries": [{"id": entry.id, "label": list(entry.label), "radius": entry.radius} for entry in entries],
+            "records": self.codebook.described(),
         }
         if not entries:
             return state, {}
@@ -133,7 +134,10 @@ class GraceEdit(HookEdit):
             Entry(row["id"], tensors["keys"][i], tuple(row["label"]), tensors["values"][i], row.get("radius"))
             for i, row in enumerate(state["entries"])
         ]
-        book = Codebook(state["radius"], entries)
+        records = state.get("records")
+        book = Codebook(state["radius"], entries) if records is None else Codebook.of_records(
+            state["radius"], entries, records
+        )  # fmt: skip
         return cls(
             common["method"], common["fingerprint"], book, state["layer"], state["rule"], common["requests"],
             common["details"],
