@@ -1,5 +1,7 @@
 """Questions are laid out as each kind of model expects, and an edit of the prompt stands where it should."""
 
+from pathlib import Path
+
 import pytest
 
 from modelwright.editing.editor import make_editor
@@ -70,6 +72,9 @@ def test_editors_by_name_with_options():
     assert found["ft-m"].layer == 1
     assert "layer=1" in describe(found["ft-m"])
     assert describe(found["ft-m"]) == describe(editors_by_name(["ft-m"], {"ft-m.layer": 1})["ft-m"])
+    one, other = (make_editor("mend") for _ in range(2))
+    one.trained, other.trained = Path("one"), Path("other")
+    assert describe(one) != describe(other)
     with pytest.raises(UserError, match=r"is for no editor here"):
         editors_by_name(["ft-m"], {"rome.layer": 1})
     with pytest.raises(UserError, match="No editor is named"):

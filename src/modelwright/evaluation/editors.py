@@ -30,7 +30,7 @@ def describe(editor: Editor) -> str:
     parts = []
     for option in dataclasses.fields(editor):  # type: ignore[arg-type]
         value = getattr(editor, option.name)
-        if not isinstance(value, str | int | float | bool | tuple | list | dict | None):
+        if not isinstance(value, str | int | float | bool | tuple | list | dict | Path | None):
             value = f"{type(value).__name__} {getattr(value, 'fingerprint', '')}".strip()
         parts.append(f"{option.name}={value!r}")
     return f"{editor.name}({', '.join(parts)})"
