@@ -219,17 +219,7 @@ class SequentialEditing:
         """Share of the facts written so far that the model still answers: the last batch's, and all."""
         if not state.requests:
             return {"last": None, "all": None}
-        # As many tokens as the target has: whether the model then stops is no part of the fact.
-        by_length: dict[int, list[int]] = {}
-        for i, r in enumerate(state.requests):
-            length = len(self.tokenizer(f" {r.target.strip()}", add_special_tokens=False)["input_ids"])
-            by_length.setdefault(length, []).append(i)
-        right = [False] * len(state.requests)
-        for length, places in by_length.items():
-            prompts = [state.prompt(state.requests[i].text) for i in places]
-            said = answers(self.model, self.tokenizer, prompts, self._layout, new_tokens=length)
-            for i, answer in zip(places, said, strict=True):
-                right[i] = match(answer, state.requests[i].target)
+        right = retained(state, state.requests, self.tokenizer, self._layout)
         last = right[-self.batch_size :]
         return {"last": sum(last) / len(last), "all": sum(right) / len(right)}
 
@@ -283,6 +273,26 @@ class SequentialEditing:
     def _keep(self) -> None:
         if self.folder is not None:
             write_json(self.folder / "sequence.json", {"plan": self._plan_kept, "states": self.states})
+
+
+def retained(
+    state: State, requests: Sequence[EditRequest], tokenizer: PreTrainedTokenizerBase, layout: Layout
+) -> list[bool]:
+    """Returns for each request whether the model in this state answers its prompt by its target.
+
+    As many tokens are generated as the target has: whether the model then stops is no part of the fact.
+    """
+    by_length: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        length = len(tokenizer(f" {request.target.strip()}", add_special_tokens=False)["input_ids"])
+        by_length.setdefault(length, []).append(i)
+    right = [False] * len(requests)
+    for length, places in by_length.items():
+        prompts = [state.prompt(requests[i].text) for i in places]
+        said = answers(state.model, tokenizer, prompts, layout, new_tokens=length)
+        for i, answer in zip(places, said, strict=True):
+            right[i] = match(answer, requests[i].target)
+    return right
 
 
 def collapsed(measured: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
