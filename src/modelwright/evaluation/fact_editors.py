@@ -98,6 +98,7 @@ def fact_editor(
     given = dict(options)
     if given.get("statistics") is True:
         given["statistics"] = fact_statistics(bed)
+    threshold = given.pop("threshold", None) if name == "serac" else None  # no part of the training
     editor = make_editor(name, given)
     if not isinstance(editor, TrainedEditor):
         return editor
@@ -108,7 +109,9 @@ def fact_editor(
         trained.train(bed.model, bed.tokenizer, lessons(bed, taught), locality=ordinary(bed, "locality", 500), **small)
         return trained
 
-    ready: Editor = _once(bed, json.dumps([name, options, list(taught)]), train_it)
+    ready: Any = copy.copy(_once(bed, json.dumps([name, given, list(taught)]), train_it))
+    if threshold is not None:
+        ready.threshold = threshold
     return ready
 
 

@@ -65,7 +65,7 @@ SETTINGS = {
         ),
         (10, 20, 30), 2, 10, 6, 1,
     ),
-    "cpu": Setting(FactModelSetting(), (10, 50, 100), 50, 20, 30),
+    "cpu": Setting(FactModelSetting(), (10, 50, 100), 40, 10, 30),
     "gpu": Setting(
         FactModelSetting(
             people=400, companies=60, cities=80, countries=20, hidden=768, intermediate=4096, layers=3, heads=12,
