@@ -16,6 +16,10 @@ class UserError(Exception):
     """
 
 
+class DivergedError(UserError):
+    """Numbers that are not finite came out: of bad options, or of a model that is ruined already."""
+
+
 #: What is said where nobody nearer to the work has said more.
 MEMORY_IS_FULL = (
     "the accelerator's memory is full: use a smaller batch size, shorter texts, bfloat16, or --device cpu. What was "

@@ -23,7 +23,7 @@ from modelwright import catalog, files
 from modelwright.editing.deltas import Delta, from_tensors, join
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest
-from modelwright.errors import UserError
+from modelwright.errors import DivergedError, UserError
 from modelwright.models.roles import unwrap
 
 _FORMAT = 2
@@ -331,7 +331,7 @@ class WeightEdit(Edit):
         self.touched = tuple(self.deltas if touched is None else touched)
         for name, delta in self.deltas.items():
             if not delta.is_finite():
-                raise UserError(
+                raise DivergedError(
                     f"The {method} edit of '{name}' is not finite: the optimisation diverged or the statistics are "
                     f"singular (more text, a larger ridge or a smaller learning rate may help)."
                 )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from modelwright.editing.subject import encode_pair
-from modelwright.errors import UserError
+from modelwright.errors import DivergedError, UserError
 from modelwright.models.scoring import context_length
 
 if TYPE_CHECKING:
@@ -146,10 +146,10 @@ def check_finite(loss: float, method: str) -> None:
     """Refuses a loss that is no number: what would be written is nothing, or destroys the model.
 
     Raises:
-        UserError: It is infinite or not a number.
+        DivergedError: It is infinite or not a number.
     """
     if not math.isfinite(loss):
-        raise UserError(
+        raise DivergedError(
             f"The loss of the {method} edit is not finite: the model overflows in this dtype (load it in float32 or "
             f"bfloat16), or the learning rate is too large."
         )

@@ -9,7 +9,7 @@ import torch
 
 from modelwright.editing.deltas import Delta, Dense, LowRank
 from modelwright.editing.statistics import KeyStatistics
-from modelwright.errors import UserError
+from modelwright.errors import DivergedError, UserError
 
 
 def least_squares(
@@ -77,6 +77,8 @@ def as_delta(u: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, *, transpos
 
 def _solved(gram: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     """Returns rhs · gram⁻¹ for a symmetric positive definite matrix."""
+    if not bool(gram.isfinite().all()):
+        raise DivergedError("The model's keys are not finite: it is ruined, or overflows in this dtype (float32).")
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):
         raise UserError(

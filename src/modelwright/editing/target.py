@@ -23,7 +23,7 @@ from torch import nn
 from modelwright.editing.hooks import changed_output, first, seen_output, with_first
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.subject import FactToken, check_tokens, encode_pair, locate
-from modelwright.errors import UserError
+from modelwright.errors import DivergedError, UserError
 from modelwright.models.roles import Roles, roles
 from modelwright.progress import Progress
 
@@ -185,7 +185,7 @@ def optimise_targets(
                 deltas[i] = [d[n] for d in result.deltas]
                 losses[i] = result.losses[n]
                 if not torch.isfinite(torch.tensor(losses[i])).all():
-                    raise UserError(
+                    raise DivergedError(
                         f"The loss of the request {requests[i].text!r} is not finite: the model overflows in this "
                         f"dtype (load it in float32), or the learning rate is too large."
                     )

@@ -11,11 +11,12 @@ from modelwright.editing.edit import edits_on
 from modelwright.editing.editor import make_editor
 from modelwright.editing.ice import ContextEdit
 from modelwright.editing.requests import EditRequest
-from modelwright.errors import UserError
-from modelwright.evaluation.asking import Layout
+from modelwright.errors import DivergedError, UserError
+from modelwright.evaluation.asking import SHORT, Layout
 from modelwright.evaluation.editing_evaluation import SequentialEditing, collapsed, world_tasks
 from modelwright.evaluation.editing_evaluation.abilities import continuation_scores, facts_to_keep
 from modelwright.evaluation.editing_evaluation.neutral import Neutral
+from modelwright.evaluation.editing_evaluation.sequence import State, retained
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 
 LAYOUT = Layout(kind="raw", new_tokens=6)
@@ -250,3 +251,125 @@ def test_generated_abilities_and_facts_to_keep(model, tokenizer):
     with pytest.raises(UserError, match="no ability 'arithmetics'"):
         world_tasks(tokenizer, LAYOUT, ["arithmetics"])
     assert facts_to_keep(model, tokenizer, LAYOUT, [{"question": "Who?", "answer": "zzzz"}]) is None
+
+
+class Ruinous(type(make_editor("ft-m"))):
+    """Writes two facts and then finds the model ruined."""
+
+    def fit(self, model, tokenizer, requests, *, progress=None):
+        if requests[0].subject == "Zed" or self.seed_of_ruin:
+            raise DivergedError("The loss is not finite.")
+        return super().fit(model, tokenizer, requests, progress=progress)
+
+    seed_of_ruin = False
+
+
+def test_a_ruined_model_ends_the_sequence_with_a_last_state(model, tokenizer, tmp_path):
+    """Collapse is what is measured: it must not cost the numbers, of this editor or of the next."""
+    before = weights(model)
+    options = {
+        "editor": Ruinous(layer=1, learning_rate=0.05, steps=10), "folder": tmp_path / "a", "checkpoints": [0, 1, 4],
+    }  # fmt: skip
+    run = sequence(model, tokenizer, **options)
+    states = run.run({"seen": lambda state: len(state.requests)})
+    assert [s["n"] for s in states] == [s["seen"] for s in states] == [0, 1, 2]
+    assert run.stopped == "no further fact could be written (The loss is not finite.)"
+    assert same(before, weights(model))
+    again = sequence(model, tokenizer, **options)
+    assert again.run({"seen": lambda state: 1 / 0}) == states
+    assert again.stopped == run.stopped
+    # Before the first edit it is the options that are bad.
+    Ruinous.seed_of_ruin = True
+    try:
+        with pytest.raises(DivergedError):
+            sequence(model, tokenizer, editor=Ruinous(layer=1)).run()
+    finally:
+        Ruinous.seed_of_ruin = False
+
+
+def test_weights_that_are_no_numbers_trip_the_valve(model, tokenizer):
+    run = sequence(model, tokenizer, max_delta_norm=1e9, checkpoints=[1, 2, 3])
+    for state in run:
+        if state.n == 1:
+            name = next(iter(state.delta_norms))
+            run._originals[name][0, 0] = float("nan")
+    assert [s["n"] for s in run.states] == [1, 2]
+    assert run.states[-1]["max_delta_norm"] is None
+    assert "not finite" in run.stopped
+    run.restore()
+
+
+def test_edits_of_an_unknown_run_are_not_taken_for_this_ones(model, tokenizer, tmp_path):
+    options = {"folder": tmp_path / "a", "checkpoints": [2]}
+    sequence(model, tokenizer, **options).run()
+    (tmp_path / "a" / "sequence.json").unlink()
+    sequence(model, tokenizer, **{**options, "checkpoints": [1]}).run()
+    assert [path.name for path in (tmp_path / "a" / "edits").iterdir()] == ["00000"]
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def asked_of(monkeypatch):
+    """Has the prompts of the retention noted instead of answered."""
+    seen = []
+
+    def note(model, tokenizer, prompts, layout, **options):
+        seen.extend((prompt, layout.kind) for prompt in prompts)
+        return ["A"] * len(prompts)
+
+    monkeypatch.setattr("modelwright.evaluation.editing_evaluation.sequence.answers", note)
+    return seen
+
+
+def test_facts_are_asked_as_users_will_ask(model, tokenizer, monkeypatch):
+    """Questions through a chat's template, inside which facts in the prompt stand; the rest is completed."""
+    facts = [EditRequest("Where is Bo?", "Bo", "A"), EditRequest("Ky lives in", "Ky", "B")]
+    chat = byte_tokenizer()
+    chat.chat_template = CHAT
+    for editor, kind, first, second in (
+        (None, "chat", "<user>Where is Bo?\n<assistant>", "Ky lives in"),
+        (None, "qa", "Where is Bo?", "Ky lives in"),  # the request holds the frame, if it was written with one
+        ("ice", "qa", "{facts}Q: Where is Bo?\nA:", "{facts}Ky lives in"),
+        ("ice", "chat", "<user>{facts}Where is Bo?\n<assistant>", "{facts}Ky lives in"),
+    ):
+        seen = asked_of(monkeypatch)
+        edits = [] if editor is None else [make_editor(editor).fit(model, chat, facts)]
+        said = retained(State(2, model, edits, facts, {}), facts, chat, Layout(kind=kind, new_tokens=6))
+        assert said == [True, False]
+        front = edits[0].context if edits else ""
+        assert {prompt.replace(front, "{facts}") if front else prompt for prompt, _ in seen} == {
+            (f"<system>{SHORT}\n" if kind == "chat" else "") + first, second,
+        }  # fmt: skip
+        # A prompt that is no chat gets the tokenizer's own first token.
+        assert dict(seen)[second.replace("{facts}", front)] == ("raw" if kind == "chat" else "qa")
+
+
+def test_abilities_under_facts_in_the_prompt_stay_inside_the_chat(model):
+    chat = byte_tokenizer()
+    chat.chat_template = CHAT
+    edit = make_editor("ice").fit(model, chat, REQUESTS[:1])
+    (task,) = world_tasks(chat, Layout(kind="chat"), ["arithmetic"], tests=1).values()
+    state = State(1, model, [edit], REQUESTS[:1], {})
+    (test,) = task.tests
+    assert task._prompt(test, state) == f"<system>{SHORT}\n<user>{edit.context}{test.question}\n<assistant>"
+    assert task._prompt(test, State(0, model, [], [], {})) == test.prompt
+
+
+@torch.no_grad()
+def test_likelihoods_under_an_edit_that_reads_whole_rows(model, tokenizer, monkeypatch):
+    """The prompt has a call of its own, so that the edit decides without seeing the answer."""
+    pairs = [("a long prompt here", "one"), ("b", "another one")]
+    plain = continuation_scores(model, tokenizer, pairs)
+    edit = type("Reader", (), {"reads_rows": True})()
+    monkeypatch.setattr("modelwright.evaluation.editing_evaluation.abilities.edits_on", lambda model: [edit])
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]) if "input_ids" in kwargs else None,
+        with_kwargs=True,
+    )
+    assert continuation_scores(model, tokenizer, pairs) == pytest.approx(plain, abs=1e-4)
+    assert lengths == [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modelwright.editing.edit import edits_on
+from modelwright.editing.examples import answer_logits
 from modelwright.editing.subject import encode_prompt
 from modelwright.errors import UserError
 from modelwright.evaluation.asking import Layout, Turn, answers
@@ -38,6 +40,8 @@ class Test:
         prompt: The whole prompt, up to where the answer begins.
         answer: The right answer.
         wrong: Wrong answers to compare its likelihood with.
+        question: What the prompt asks, where it has been laid out: an edit that lives in the prompt stands before it,
+            inside the frame.
     """
 
     __test__ = False  # no test of pytest's
@@ -45,6 +49,7 @@ class Test:
     prompt: str
     answer: str
     wrong: tuple[str, ...]
+    question: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,12 @@ class Ability:
 
     def __call__(self, state: State) -> dict[str, float]:
         """Measures a state: ``generation`` and ``likelihood``, shares of right answers, and the latter's ``chance``."""
-        return self.measure(state.model, [state.prompt(test.prompt) for test in self.tests])
+        return self.measure(state.model, [self._prompt(test, state) for test in self.tests])
+
+    def _prompt(self, test: Test, state: State) -> str:
+        if test.question is None:
+            return state.prompt(test.prompt)
+        return self.layout.text(self.tokenizer, [Turn(test.question)], state.active)
 
     def measure(self, model: PreTrainedModel, prompts: Sequence[str] | None = None) -> dict[str, float]:
         """Measures a model; ``prompts`` replaces the tests' own."""
@@ -92,13 +102,21 @@ def continuation_scores(
     pairs: Sequence[tuple[str, str]],
     batch_size: int = 64,
 ) -> list[float]:
-    """Returns the log-probability per token of each continuation (a blank stands before it) after its prompt."""
+    """Returns the log-probability per token of each continuation (a blank stands before it) after its prompt.
+
+    Under an edit that reads whole rows, each prompt has a call of its own, without its continuation.
+    """
     rows = []
     for prompt, continuation in pairs:
         first = encode_prompt(tokenizer, prompt)  # a chat's text has its special tokens already
         second = tokenizer(f" {continuation}", add_special_tokens=False)["input_ids"]
         rows.append((first, second))
     found = [0.0] * len(rows)
+    if any(edit.reads_rows for edit in edits_on(model)):
+        for i, (first, second) in enumerate(rows):
+            logits = answer_logits(model, first, second).log_softmax(-1).cpu()
+            found[i] = float(logits.gather(1, torch.tensor(second)[:, None]).double().mean())
+        return found
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for at in range(0, len(order), batch_size):
         picked = order[at : at + batch_size]
@@ -197,22 +215,22 @@ def world_tasks(
     invented = Names(draw)
     words = [invented.word() for _ in range(60)]
 
-    def lay(text: str) -> str:
-        return layout.text(tokenizer, [Turn(text)])
+    def lay(text: str, answer: str, wrong: tuple[str, ...]) -> Test:
+        return Test(layout.text(tokenizer, [Turn(text)]), answer, wrong, text)
 
     def arithmetic() -> Test:
         a, b = draw.between(2, 49), draw.between(2, 49)
         test = _sum(draw, Asked("", str(a + b)))
-        return Test(lay(f"What is {a} plus {b}?"), test.answer, test.wrong)
+        return lay(f"What is {a} plus {b}?", test.answer, test.wrong)
 
     def copying() -> Test:
         test = _copy(draw, Asked("", " ".join(draw.sample(words, 3))))
-        return Test(lay(f"Repeat these words: {test.answer}"), test.answer, test.wrong)
+        return lay(f"Repeat these words: {test.answer}", test.answer, test.wrong)
 
     def context() -> Test:
         who, where, *other = draw.sample(words, 5)
         text = f"{who} was born in {where}. {other[0]} was born in {other[1]}. Where was {who} born?"
-        return Test(lay(text), where, (other[0], other[1], other[2]))
+        return lay(text, where, (other[0], other[1], other[2]))
 
     makers = {"arithmetic": arithmetic, "copying": copying, "context": context}
     for name in names:
@@ -239,7 +257,8 @@ def facts_to_keep(
     tests = []
     for i in known:
         right, draw = rows[i]["answer"], Draw(i, "facts to keep")
-        tests.append(Test(prompts[i], right, tuple([o for o in draw.shuffled(every) if o != right][:3])))
+        wrong = tuple([o for o in draw.shuffled(every) if o != right][:3])
+        tests.append(Test(prompts[i], right, wrong, rows[i]["question"]))
     return Ability("facts", tuple(tests), tokenizer, layout) if tests else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,12 +113,14 @@ def run(context: Context, seed: int, prepared: Mapping[str, Any]) -> dict[str, d
     for variant, (editor, batch) in METHODS.items():
         states = sequence(bed, editor, prepared["options"][variant], batch, (0, few, half, all_), setting)
         by_n = {state["n"]: state for state in states}
+        for n in (few, half, all_):  # a ruined model in which no further fact can be written stays as it is
+            by_n.setdefault(n, states[-1])
         measured[variant] = {
             "abilities_few": abilities(by_n[few]),
             "abilities_half": abilities(by_n[half]),
             **_measurements(by_n[all_]),
             "stands": float(stands(states)),
-            "change": by_n[all_]["max_delta_norm"],
+            "change": math.inf if by_n[all_]["max_delta_norm"] is None else by_n[all_]["max_delta_norm"],
         }
         base = _measurements(by_n[0])
         measured["base"] = {"abilities_few": base["abilities"], "abilities_half": base["abilities"], **base}

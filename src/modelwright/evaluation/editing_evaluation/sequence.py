@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,8 +18,8 @@ from modelwright.editing.edit import Edit, WeightEdit, edits_on, load_edit, reve
 from modelwright.editing.editor import Editor
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest, check_requests
-from modelwright.errors import UserError
-from modelwright.evaluation.asking import Layout, answers, layout_for
+from modelwright.errors import DivergedError, UserError
+from modelwright.evaluation.asking import Layout, Turn, answers, layout_for
 from modelwright.evaluation.editing_evaluation.neutral import Neutral
 from modelwright.evaluation.editors import describe
 from modelwright.evaluation.matching import match
@@ -43,7 +45,7 @@ class State:
         model: The model with the edits on it; whatever is measured is measured on it.
         edits: The edits, lowest first.
         requests: The requests written so far.
-        delta_norms: Parameter to ||W − W0|| / ||W0||, Frobenius.
+        delta_norms: Parameter to ||W − W0|| / ||W0||, Frobenius; None where that is not finite.
         measured: What was recorded; starts with what the run itself measures.
     """
 
@@ -51,7 +53,7 @@ class State:
     model: PreTrainedModel
     edits: list[Edit]
     requests: list[EditRequest]
-    delta_norms: dict[str, float]
+    delta_norms: dict[str, float | None]
     measured: dict[str, Any] = field(default_factory=dict)
 
     def record(self, **values: Any) -> None:
@@ -94,7 +96,8 @@ class SequentialEditing:
         force: Throw away a folder of another run.
         progress: Counts edits.
         states: Measurements of the states so far.
-        stopped: Why it stopped early, or None.
+        stopped: Why it stopped early, or None. Where a ruined model gives an editor no finite numbers any more, the
+            last state is that of the edits that could be written.
     """
 
     model: PreTrainedModel
@@ -144,25 +147,41 @@ class SequentialEditing:
         progress.advance(done * self.batch_size)
         measured = {state["n"]: state for state in self.states}
         self.states = []
-        for n in self.checkpoints:
-            while len(self._edits) * self.batch_size < n:
-                at = len(self._edits) * self.batch_size
-                edit = self.editor.fit(self.model, self.tokenizer, self.requests[at : at + self.batch_size])
-                if self.folder is not None:
-                    edit.save(self._edit_folder(len(self._edits)), force=True)
-                self._put_on(edit)
-                progress.advance(self.batch_size)
-            if n in measured:
+        for checkpoint in self.checkpoints:
+            failure = self._write_up_to(checkpoint, progress)
+            n = min(checkpoint, len(self._edits) * self.batch_size)
+            if self.states and self.states[-1]["n"] == n:
+                pass  # nothing more could be written
+            elif n in measured:
                 self.states.append(measured[n])
             else:
                 state = self._state(n, neutral)
                 yield state
                 self.states.append({"n": n, "delta_norms": state.delta_norms, **state.measured})
                 self._keep()
-            self.stopped = self._reason(self.states[-1])
+            self.stopped = failure or self._reason(self.states[-1])
             if self.stopped is not None:
-                progress.message(f"{self.editor.name}: stopped after {n} edits: {self.stopped}.")
+                progress.message(f"{self.editor.name}: stopped after {n} edits: {self.stopped.rstrip('.')}.")
                 return
+
+    def _write_up_to(self, n: int, progress: Progress) -> str | None:
+        """Writes requests up to a number of them; returns why it went no further, where a ruined model was the cause.
+
+        Raises:
+            UserError: The editor refuses a request, or the model as it is.
+        """
+        while (at := len(self._edits) * self.batch_size) < n:
+            try:
+                edit = self.editor.fit(self.model, self.tokenizer, self.requests[at : at + self.batch_size])
+            except DivergedError as error:
+                if not self._edits:
+                    raise
+                return f"no further fact could be written ({error})"
+            if self.folder is not None:
+                edit.save(self._edit_folder(len(self._edits)), force=True)
+            self._put_on(edit)
+            progress.advance(self.batch_size)
+        return None
 
     def restore(self) -> None:
         """Takes the edits off, the last one first: the model has its first bits."""
@@ -206,12 +225,15 @@ class SequentialEditing:
     def _state(self, n: int, neutral: Neutral) -> State:
         parameters = dict(unwrap(self.model).named_parameters())
         norms = {
-            name: float((parameters[name].detach().float() - old.float()).norm() / old.float().norm())
+            name: _finite(float((parameters[name].detach().float() - old.float()).norm() / old.float().norm()))
             for name, old in self._originals.items()
         }
         state = State(n, self.model, list(self._edits), list(self.requests[:n]), norms)
         state.record(**neutral.measure(self.model, state.prompt), retention=self._retention(state))
-        state.record(max_delta_norm=max(norms.values(), default=0.0))
+        changes = list(norms.values())
+        state.record(
+            max_delta_norm=None if None in changes else max((c for c in changes if c is not None), default=0.0)
+        )
         state.record(collapsed=collapsed(state.measured, neutral.base))
         return state
 
@@ -226,8 +248,12 @@ class SequentialEditing:
     def _reason(self, state: Mapping[str, Any]) -> str | None:
         if self.stop_on_collapse and state.get("collapsed"):
             return "the model has collapsed"
-        if self.max_delta_norm is not None and state["max_delta_norm"] > self.max_delta_norm:
-            return f"a layer has changed by {state['max_delta_norm']:.2f} of its norm"
+        if self.max_delta_norm is not None:
+            change = state["max_delta_norm"]
+            if change is None:
+                return "a layer's weights are not finite"
+            if change > self.max_delta_norm:
+                return f"a layer has changed by {change:.2f} of its norm"
         return None
 
     def _plan(self) -> dict[str, Any]:
@@ -265,7 +291,8 @@ class SequentialEditing:
                     f"{self.folder} holds another sequence (another model, editor, requests or checkpoints): choose "
                     f"another folder, or give --force to throw it away."
                 )
-            shutil.rmtree(self.folder / "edits", ignore_errors=True)
+        # Edits of which nothing is known: those of this run are told apart by their numbers alone.
+        shutil.rmtree(self.folder / "edits", ignore_errors=True)
         self._plan_kept = plan
         self._keep()
         return 0
@@ -280,19 +307,30 @@ def retained(
 ) -> list[bool]:
     """Returns for each request whether the model in this state answers its prompt by its target.
 
-    As many tokens are generated as the target has: whether the model then stops is no part of the fact.
+    A chat model is asked questions through its template, and an edit that lives in the prompt gets the layout's frame,
+    which the other editors' prompts have already; what is no question is completed. As many tokens are generated as the
+    target has: whether the model then stops is no part of the fact.
     """
-    by_length: dict[int, list[int]] = {}
+    framed = layout.kind == "chat" or state.prompt("") != ""
+    plain = layout if layout.kind != "chat" else dataclasses.replace(layout, kind="raw")
+    groups: dict[tuple[int, bool], list[int]] = {}
     for i, request in enumerate(requests):
         length = len(tokenizer(f" {request.target.strip()}", add_special_tokens=False)["input_ids"])
-        by_length.setdefault(length, []).append(i)
+        groups.setdefault((length, framed and request.text.rstrip().endswith("?")), []).append(i)
     right = [False] * len(requests)
-    for length, places in by_length.items():
-        prompts = [state.prompt(requests[i].text) for i in places]
-        said = answers(state.model, tokenizer, prompts, layout, new_tokens=length)
+    for (length, question), places in groups.items():
+        texts = [requests[i].text for i in places]
+        prompts = [
+            layout.text(tokenizer, [Turn(text)], state.active) if question else state.prompt(text) for text in texts
+        ]
+        said = answers(state.model, tokenizer, prompts, layout if question else plain, new_tokens=length)
         for i, answer in zip(places, said, strict=True):
             right[i] = match(answer, requests[i].target)
     return right
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def collapsed(measured: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
