@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from modelwright import catalog
 from modelwright.editing.edit import Edit
-from modelwright.editing.requests import EditRequest
+from modelwright.editing.requests import EditRequest, check_requests
 from modelwright.errors import UserError
 from modelwright.options import make_part
 from modelwright.progress import Progress
@@ -34,6 +34,14 @@ class Editor(ABC):
     name: ClassVar[str]
     changes_weights: ClassVar[bool] = True
     stronger: ClassVar[str] = "try other options of the editor (modelwright show)"
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Refuses what :meth:`fit` would refuse whatever the model: for whoever edits for hours before it is called.
+
+        Raises:
+            UserError: A request is bad or contradicts another, or the editor lacks something, such as its training.
+        """
+        check_requests(requests)
 
     @abstractmethod
     def fit(

@@ -14,7 +14,7 @@ from modelwright.editing.capture import Site, capture
 from modelwright.editing.contexts import check_contexts, sample_contexts
 from modelwright.editing.edit import Edit, WeightEdit, base_fingerprint, check_editable, edits_on, merge, revert_all
 from modelwright.editing.editor import Editor
-from modelwright.editing.requests import EditRequest, check_requests
+from modelwright.editing.requests import EditRequest
 from modelwright.editing.statistics import KeyStatistics
 from modelwright.editing.subject import locate
 from modelwright.editing.target import Optimisation
@@ -104,7 +104,7 @@ class LocateAndEdit(Editor):
         progress: Progress | None = None,
     ) -> WeightEdit:
         """See :meth:`Editor.fit`."""
-        check_requests(requests)
+        self.check(requests)
         if not self.sequential or len(requests) == 1:
             return self._fit(model, tokenizer, requests, progress)
         done: list[WeightEdit] = []

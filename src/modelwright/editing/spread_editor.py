@@ -42,6 +42,19 @@ class SpreadEditor(LocateAndEdit):
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
             raise UserError(f"layers is {self.layers}: give different layers from the lowest up, such as 4,5,6,7,8.")
 
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """See :meth:`Editor.check`; key statistics must be given."""
+        super().check(requests)
+        self._needed(self.statistics)
+
+    def _needed(self, statistics: Any) -> Any:
+        if statistics is None:
+            raise UserError(
+                f"{self.name.upper()} needs key statistics of the model: collect them with modelwright edit statistics "
+                f"(KeyStatistics.collect), and give them as statistics=FILE."
+            )
+        return statistics
+
     def layers_of(self, depth: int) -> list[int]:
         """See :meth:`LocateAndEdit.layers_of`."""
         if self.layers is not None:
@@ -96,12 +109,7 @@ class SpreadEditor(LocateAndEdit):
     ) -> _Prepared:
         layers = self.layers_of(len(roles(model).layers))
         parts, downs, names = down_projections(model, layers)
-        statistics = self._covariance(model, layers)
-        if statistics is None:
-            raise UserError(
-                f"{self.name.upper()} needs key statistics of the model: collect them with modelwright edit statistics "
-                f"(KeyStatistics.collect), and give them as statistics=FILE."
-            )
+        statistics = self._needed(self._covariance(model, layers))
         contexts = self._contexts(model, tokenizer)
         learnt_at = self._learnt_at(parts.layers[layers[-1]])
         targets = optimise_targets(

@@ -43,10 +43,17 @@ def laid_out(requests: Sequence[EditRequest], editor: Editor, layout: Layout) ->
     """
     if writes_prompt(editor):
         return list(requests)
+
+    def framed(text: str) -> str:
+        return layout.edit_prompt(text) if text.rstrip().endswith("?") else text
+
     return [
-        dataclasses.replace(r, prompt=layout.edit_prompt(r.prompt)) if r.text.rstrip().endswith("?") else r
+        dataclasses.replace(
+            r, prompt=framed(r.text) if r.text.rstrip().endswith("?") else r.prompt,
+            paraphrases=tuple(framed(text) for text in r.paraphrase_texts()),
+        )
         for r in requests
-    ]
+    ]  # fmt: skip
 
 
 def with_statistics(editors: Mapping[str, Editor], path: Path | None) -> None:

@@ -186,7 +186,9 @@ def _panel(name: str, panel: tuple[Any, ...], runs: Mapping[str, Any], series: M
             flat += [v for _, v in points]
     if not lines or not flat:
         return None
-    return {"heading": heading, "svg": figures.curves(name, heading, lines, "edits", y, limits)}
+    # One model that was ruined must not press all others to the axis.
+    powers = limits is None and max(flat) > 100 * max(1.0, flat[0])
+    return {"heading": heading, "svg": figures.curves(name, heading, lines, "edits", y, limits, powers=powers)}
 
 
 def _state_table(method: str, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

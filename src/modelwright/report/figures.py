@@ -165,8 +165,17 @@ class Line:
     series: int
 
 
-def curves(name: str, alt: str, lines: Sequence[Line], x: str, y: str, limits: tuple[float, float] | None) -> str:
-    """Returns lines with bands. ``limits``: shared range of y for panels side by side."""
+def curves(
+    name: str,
+    alt: str,
+    lines: Sequence[Line],
+    x: str,
+    y: str,
+    limits: tuple[float, float] | None,
+    *,
+    powers: bool = False,
+) -> str:
+    """Returns lines with bands. ``limits``: shared range of y for panels side by side. ``powers``: tens of y."""
 
     def paint(axes: Any) -> None:
         for line in lines:
@@ -178,6 +187,8 @@ def curves(name: str, alt: str, lines: Sequence[Line], x: str, y: str, limits: t
                 linestyle=_DASHES[(line.series + line.series // PALETTE_SIZE) % len(_DASHES)],
                 linewidth=1.8,
                 marker=_MARKERS[line.series % len(_MARKERS)],
+                # The second time round, marks are hollow: as in the legend.
+                markerfacecolor=_PAPER if line.series // PALETTE_SIZE % 2 else colour(line.series),
                 markersize=4.5,
                 markevery=(max(1, len(line.x) // 6) // 2, max(1, len(line.x) // 6)),
             )
@@ -189,6 +200,14 @@ def curves(name: str, alt: str, lines: Sequence[Line], x: str, y: str, limits: t
         axes.locator_params(axis="x", nbins=5, integer=whole)
         if limits:
             axes.set_ylim(*limits)
+        if powers:
+            from matplotlib.ticker import SymmetricalLogLocator
+
+            axes.set_yscale("symlog", linthresh=1.0)
+            locator = SymmetricalLogLocator(base=10, linthresh=1.0)
+            locator.set_params(numticks=6)
+            axes.yaxis.set_major_locator(locator)
+            axes.yaxis.set_major_formatter(_thousands())
 
     return draw(name, alt, (430, 300), paint)
 

@@ -22,7 +22,7 @@ class EditSequence:
     requests: Annotated[list[str], Arg("Facts to write, in this order: JSONL, CSV, JSON.", kind="input")]
     output: Annotated[Path, Arg("Folder to write.", short="-o", kind="output", filename="sequence")]
     methods: Annotated[list[str], Arg("Editors, with commas between.")] = field(
-        default_factory=lambda: ["ft-m", "rome", "memit"]
+        default_factory=lambda: ["ft-m", "rome", "grace"]
     )
     checkpoints: Annotated[list[str], Arg("Numbers of edits at which to measure, with commas between.")] = field(
         default_factory=lambda: ["1,10,50,100"]
@@ -69,7 +69,7 @@ class EditSequence:
         from modelwright.errors import UserError
         from modelwright.evaluation.asking import layout_for
         from modelwright.evaluation.editing_evaluation import SequentialEditing, advice, stands
-        from modelwright.evaluation.editors import describe, editors_by_name, laid_out, with_statistics
+        from modelwright.evaluation.editors import describe, editors_by_name, laid_out, with_statistics, writes_prompt
         from modelwright.files import write_json
         from modelwright.models.loading import describe as describe_model
         from modelwright.models.loading import load_model, load_tokenizer
@@ -85,20 +85,30 @@ class EditSequence:
         if checkpoints[-1] > len(requests):
             raise UserError(f"The last checkpoint is {checkpoints[-1]}, but there are only {len(requests)} requests.")
         neutral = list(Records(self.neutral).texts())[:64] if self.neutral else _PLAIN
+        with_statistics(editors, self.statistics)
+        for editor in editors.values():  # before the first of them has worked for hours
+            editor.check(requests[: checkpoints[-1]])
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         layout = layout_for(tokenizer, self.layout, self.new_tokens)
-        with_statistics(editors, self.statistics)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
         abilities = self._abilities(model, tokenizer, layout)
-        runs: dict[str, list[dict[str, Any]]] = {}
-        stopped: dict[str, str] = {}
-        for name, editor in editors.items():
-            sequence = SequentialEditing(
+        if "lm_eval" in abilities and (names := [name for name, e in editors.items() if writes_prompt(e)]):
+            raise UserError(
+                f"Tasks of lm-eval have prompts of their own, into which the facts of {names[0]} cannot be put: leave "
+                f"out one of the two."
+            )
+        sequences = {
+            name: SequentialEditing(
                 model=model, tokenizer=tokenizer, editor=editor, requests=laid_out(requests, editor, layout),
                 checkpoints=[0, *(n for n in checkpoints if n)], batch_size=self.edit_batch, neutral=neutral,
                 layout=layout, folder=self.output / name, max_delta_norm=self.max_delta_norm,
                 stop_on_collapse=self.stop_on_collapse, force=self.force, progress=progress,
-            )  # fmt: skip
+            )
+            for name, editor in editors.items()
+        }  # fmt: skip
+        runs: dict[str, list[dict[str, Any]]] = {}
+        stopped: dict[str, str] = {}
+        for name, sequence in sequences.items():
             runs[name] = sequence.run(abilities)
             if sequence.stopped:
                 stopped[name] = sequence.stopped
@@ -155,6 +165,8 @@ def _numbers(texts: list[str]) -> list[int]:
     parts = [part.strip() for text in texts for part in str(text).split(",") if part.strip()]
     if not parts or not all(part.isdigit() for part in parts):
         raise UserError(f"The checkpoints are {', '.join(parts) or 'none'}: give whole numbers such as 1,10,50,100.")
+    if not any(map(int, parts)):
+        raise UserError("The only checkpoint is 0, which is the model itself: give numbers of edits such as 1,10,50.")
     return sorted({int(part) for part in parts})
 
 

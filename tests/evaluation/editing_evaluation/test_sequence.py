@@ -17,6 +17,7 @@ from modelwright.evaluation.editing_evaluation import SequentialEditing, collaps
 from modelwright.evaluation.editing_evaluation.abilities import continuation_scores, facts_to_keep
 from modelwright.evaluation.editing_evaluation.neutral import Neutral
 from modelwright.evaluation.editing_evaluation.sequence import State, retained
+from modelwright.evaluation.editors import laid_out
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 
 LAYOUT = Layout(kind="raw", new_tokens=6)
@@ -273,7 +274,7 @@ def test_a_ruined_model_ends_the_sequence_with_a_last_state(model, tokenizer, tm
     run = sequence(model, tokenizer, **options)
     states = run.run({"seen": lambda state: len(state.requests)})
     assert [s["n"] for s in states] == [s["seen"] for s in states] == [0, 1, 2]
-    assert run.stopped == "no further fact could be written (The loss is not finite.)"
+    assert run.stopped == "no further fact could be written, for its numbers were not finite"
     assert same(before, weights(model))
     again = sequence(model, tokenizer, **options)
     assert again.run({"seen": lambda state: 1 / 0}) == states
@@ -373,3 +374,39 @@ def test_likelihoods_under_an_edit_that_reads_whole_rows(model, tokenizer, monke
     )
     assert continuation_scores(model, tokenizer, pairs) == pytest.approx(plain, abs=1e-4)
     assert lengths == [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]
+
+
+def test_other_abilities_are_measured_on_the_edits_that_are_there(model, tokenizer, tmp_path):
+    options = {"folder": tmp_path / "a", "checkpoints": [0, 1, 2]}
+    tasks = {n: world_tasks(tokenizer, LAYOUT, ["arithmetic"], tests=n) for n in (2, 3)}
+    first = sequence(model, tokenizer, **options).run(tasks[2])
+    assert sequence(model, tokenizer, **options, editor=never(tokenizer)).run(tasks[2]) == first
+    lengths = []
+    second = sequence(model, tokenizer, **options, editor=never(tokenizer)).run(
+        {**tasks[3], "edits": lambda state: lengths.append(len(state.edits))}
+    )
+    assert lengths == [0, 1, 2]  # put on again one by one
+    assert [s["retention"] for s in second] == [s["retention"] for s in first]
+    assert tasks[2]["arithmetic"].identity != tasks[3]["arithmetic"].identity
+
+
+def never(tokenizer):
+    """The editor of the other sequences, which must not fit again."""
+    editor = make_editor("ft-m", {"layer": 1, "learning_rate": 0.05, "steps": 30})
+    editor.fit = None
+    return editor
+
+
+def test_what_an_editor_lacks_is_said_before_the_first_edit(model, tokenizer):
+    for name, said in (("kn", "'Where is Bo[?] In' has no old_answer"), ("memit", "needs key statistics"),
+                       ("mend", "not trained"), ("serac", "not trained"), ("ike", "needs facts to show")):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            sequence(model, tokenizer, editor=make_editor(name))
+
+
+def test_paraphrases_are_laid_out_with_their_request():
+    fact = EditRequest("Where is {}?", "Bo", "A", paraphrases=("Bo is where?", "Bo lives in"))
+    (laid,) = laid_out([fact], make_editor("ft-m"), Layout(kind="qa"))
+    assert laid.text == "Q: Where is Bo?\nA:"
+    assert laid.paraphrases == ("Q: Bo is where?\nA:", "Bo lives in")
+    assert laid_out([fact], make_editor("ice"), Layout(kind="qa")) == [fact]

@@ -10,6 +10,7 @@ from modelwright.evaluation.editing_evaluation import advice, stands
 from modelwright.models.loading import save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.progress import Silent
+from modelwright.report.editing import render_sequence
 from modelwright.verbs.edit_sequence import EditSequence
 
 
@@ -37,9 +38,13 @@ def test_advice():
     }
     said = advice(runs)
     assert said.startswith("Use memit: the model stands at least 50 edits with 95% of them kept")
-    assert "rome 10" in said
+    assert said.endswith("The others stand: rome 10. Too few facts are written by kn.")
     assert "tune them" in advice({"kn": runs["kn"]})
-    assert "No editor can be recommended" in advice({"rome": [state(0, 0.8), state(1, 0.1)]})
+    said = advice({"rome": [state(0, 0.8), state(1, 0.1)], "kn": runs["kn"]})
+    assert said == (
+        "No editor can be recommended: with rome, some ability falls below 90% of what it was by 1 edit. Too few facts "
+        "are written by kn."
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,9 @@ def test_the_command_writes_curves_and_goes_on(folder, tmp_path):
     verb.checkpoints = ["3"]
     with pytest.raises(UserError, match="only 2 requests"):
         verb.run(Silent())
+    verb.checkpoints = ["0"]
+    with pytest.raises(UserError, match="only checkpoint is 0"):
+        verb.run(Silent())
     verb.checkpoints = ["x"]
     with pytest.raises(UserError, match="whole numbers such as"):
         verb.run(Silent())
@@ -75,7 +83,36 @@ def test_the_command_writes_curves_and_goes_on(folder, tmp_path):
     with pytest.raises(UserError, match="at least 1 test"):
         verb.run(Silent())
     verb.limit = 4
+    verb.checkpoints, verb.methods, verb.options = ["1"], ["ft-m,kn"], {}
+    with pytest.raises(UserError, match="has no old_answer"):
+        verb.run(Silent())
+    verb.methods, verb.options = ["ft-m,grace"], options
     verb.checkpoints, verb.tasks = ["1"], ["no_such_task_of_lm_eval"]
     verb.output = tmp_path / "other"
     with pytest.raises(UserError, match="lm-eval"):
         verb.run(Silent())
+
+
+def test_the_page_tells_more_editors_apart_than_it_has_colours(tmp_path):
+    """From the ninth on marks are hollow; one ruined model does not press the others to the axis."""
+    runs = {f"m{i}": [{**state(n, 0.8), "max_delta_norm": n * 0.1} for n in (0, 1, 10)] for i in range(9)}
+    runs["m8"][2]["max_delta_norm"] = 3e5
+    result = {"states": runs, "advice": "", "stands": dict.fromkeys(runs, 10)}
+    page = render_sequence(result, tmp_path / "page.html", title="x").read_text()
+    assert page.count("○") == 2  # one in each legend
+    assert "●" in page
+    assert "100k" in page
+    runs["m8"][2]["max_delta_norm"] = 3.0
+    assert "100k" not in render_sequence(result, tmp_path / "page.html", title="x").read_text()
+
+
+def test_tasks_with_prompts_of_their_own_are_refused_for_facts_in_the_prompt(folder, tmp_path, monkeypatch):
+    write_rows(tmp_path / "requests.jsonl", [{"prompt": "Where is Bo? In", "subject": "Bo", "target": "A"}])
+    verb = EditSequence(
+        model=str(folder), requests=[str(tmp_path / "requests.jsonl")], output=tmp_path / "out",
+        methods=["ft-m,ice"], checkpoints=["1"], tasks=["gsm8k"],
+    )  # fmt: skip
+    monkeypatch.setattr(EditSequence, "_abilities", lambda self, *args: {"lm_eval": lambda state: {}})
+    with pytest.raises(UserError, match="the facts of ice cannot be put"):
+        verb.run(Silent())
+    assert not (tmp_path / "out").exists()

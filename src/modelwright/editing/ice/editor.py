@@ -81,6 +81,12 @@ class IKE(Editor):
         if self.number < 1:
             raise UserError(f"number is {self.number}: show at least one example, or use ice.")
 
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """See :meth:`Editor.check`; there must be facts to show."""
+        super().check(requests)
+        if not self.demonstrations:
+            raise UserError("IKE needs facts to show: name files of them with --set demonstrations=FILE, or use ice.")
+
     def fit(
         self,
         model: PreTrainedModel,
@@ -94,9 +100,7 @@ class IKE(Editor):
         Raises:
             UserError: No demonstrations are given, or all of them are about the new facts.
         """
-        check_requests(requests)
-        if not self.demonstrations:
-            raise UserError("IKE needs facts to show: name files of them with --set demonstrations=FILE, or use ice.")
+        self.check(requests)
         new = {r.text for r in requests}
         shown = [r for r in read_requests(self.demonstrations) if r.text not in new]
         texts = [text for i, r in enumerate(shown) for text in examples_of(r, shown[i + 1 :] + shown[:i])]

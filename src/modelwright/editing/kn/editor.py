@@ -17,7 +17,7 @@ from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.hooks import seen_input
 from modelwright.editing.kn.attribution import Neuron, integrated_gradients, refine, strongest
 from modelwright.editing.mlp import down_projection
-from modelwright.editing.requests import EditRequest, check_requests
+from modelwright.editing.requests import EditRequest
 from modelwright.editing.subject import encode_pair
 from modelwright.errors import UserError
 from modelwright.models.roles import roles
@@ -60,6 +60,16 @@ class KN(Editor):
         if not 0 <= self.threshold < 1 or not 0 <= self.share < 1:
             raise UserError("threshold and share must be 0 or more and below 1.")
 
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """See :meth:`Editor.check`; each request needs its ``old_answer``."""
+        super().check(requests)
+        for request in requests:
+            if not request.old_answer:
+                raise UserError(
+                    f"The request {request.text!r} has no old_answer: knowledge neurons are found by what the model "
+                    f"answers today, so give that."
+                )
+
     def fit(
         self,
         model: PreTrainedModel,
@@ -75,13 +85,7 @@ class KN(Editor):
         Raises:
             UserError: A request has no ``old_answer``, or the model cannot be edited in this way.
         """
-        check_requests(requests)
-        for request in requests:
-            if not request.old_answer:
-                raise UserError(
-                    f"The request {request.text!r} has no old_answer: knowledge neurons are found by what the model "
-                    f"answers today, so give that."
-                )
+        self.check(requests)
         depth = len(roles(model).layers)
         layers = [check_layer(layer, depth) for layer in self.layers] or list(range(depth))
         names = {layer: f"{down_projection(model, layer).name}.weight" for layer in layers}

@@ -21,7 +21,7 @@ from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.learning import Lesson, Lessons, TrainedEditor, learn, mean_loss, plain_inputs
 from modelwright.editing.mend.factors import gradient_factors
 from modelwright.editing.mend.network import MendNetworks
-from modelwright.editing.requests import EditRequest, check_requests
+from modelwright.editing.requests import EditRequest
 from modelwright.errors import UserError
 from modelwright.files import atomic_path, read_json, write_json
 from modelwright.models.roles import Projection, roles, unwrap
@@ -133,6 +133,15 @@ class MEND(TrainedEditor):
         self.networks = networks.eval().requires_grad_(False)
         return {**report, "rates": [float(rate) for rate in networks.rates]}
 
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """See :meth:`Editor.check`; the networks must be trained."""
+        super().check(requests)
+        if self.networks is None or not self.networks.trained():
+            raise UserError(
+                "MEND is not trained: train it for this model (`modelwright edit train mend`, or .train in Python) and "
+                "name the folder with trained=."
+            )
+
     def fit(
         self,
         model: PreTrainedModel,
@@ -148,13 +157,8 @@ class MEND(TrainedEditor):
         Raises:
             UserError: The networks are not trained, or are another model's.
         """
-        check_requests(requests)
+        self.check(requests)
         progress = progress or Silent()
-        if self.networks is None or not self.networks.trained():
-            raise UserError(
-                "MEND is not trained: train it for this model (`modelwright edit train mend`, or .train in Python) and "
-                "name the folder with trained=."
-            )
         maps = self._maps(model, self.networks)
         networks = self.networks.to(model.device)
         found: list[Factors] = []

@@ -14,7 +14,7 @@ from modelwright.editing.edit import edits_on
 from modelwright.editing.examples import make_examples, target_loss, token_divergence, trainable_only
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.learning import Lesson, Lessons, TrainedEditor, learn, mean_loss, plain_inputs
-from modelwright.editing.requests import EditRequest, check_requests
+from modelwright.editing.requests import EditRequest
 from modelwright.editing.sentences import load_encoder
 from modelwright.editing.serac.edit import SeracEdit
 from modelwright.editing.serac.parts import Classifier, Pooling, SeracParts, check_vocabulary
@@ -144,6 +144,15 @@ class SERAC(TrainedEditor):
         self.parts = parts.eval().requires_grad_(False)
         return report
 
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """See :meth:`Editor.check`; the parts must be trained."""
+        super().check(requests)
+        if self.parts is None:
+            raise UserError(
+                "SERAC is not trained: train it for this model (`modelwright edit train serac`, or .train in Python) "
+                "and name the folder with trained=."
+            )
+
     def fit(
         self,
         model: PreTrainedModel,
@@ -157,12 +166,7 @@ class SERAC(TrainedEditor):
         Raises:
             UserError: The parts are not trained, or are of another tokenizer.
         """
-        check_requests(requests)
-        if self.parts is None:
-            raise UserError(
-                "SERAC is not trained: train it for this model (`modelwright edit train serac`, or .train in Python) "
-                "and name the folder with trained=."
-            )
+        self.check(requests)
         check_vocabulary(self.parts.small, tokenizer)
         before = [e for e in edits_on(model) if isinstance(e, SeracEdit) and e.parts.identity == self.parts.identity]
         with torch.no_grad():

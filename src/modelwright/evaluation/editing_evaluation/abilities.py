@@ -6,6 +6,7 @@ answer above wrong ones is another question, so both are measured.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,12 @@ class Ability:
     tokenizer: PreTrainedTokenizerBase
     layout: Layout
     batch_size: int = 32
+
+    @property
+    def identity(self) -> str:
+        """The same where the same is asked in the same way."""
+        asked = repr((self.tests, self.layout))
+        return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
     def __call__(self, state: State) -> dict[str, float]:
         """Measures a state: ``generation`` and ``likelihood``, shares of right answers, and the latter's ``chance``."""
@@ -291,6 +298,11 @@ class LmEvalTasks:
 
         # Looked up once, and before any edit.
         object.__setattr__(self, "_manager", find_tasks(self.tasks, self.include_path))
+
+    @property
+    def identity(self) -> str:
+        """The same where the same is asked in the same way; what stands in a task's files is not looked at."""
+        return repr((self.tasks, self.limit, self.shots, self.include_path))
 
     def __call__(self, state: State) -> dict[str, float]:
         """Returns each task's metrics, ``task.metric`` to value: exact match is by generation, acc by likelihood.

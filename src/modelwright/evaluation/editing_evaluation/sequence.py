@@ -124,14 +124,19 @@ class SequentialEditing:
             raise UserError(f"batch_size must be at least 1, not {self.batch_size}.")
         if self.max_delta_norm is not None and self.max_delta_norm <= 0:
             raise UserError("max_delta_norm must be above 0.")
-        check_requests(list(self.requests))
         if points[-1] > len(self.requests):
             raise UserError(f"The last checkpoint is {points[-1]}, but there are only {len(self.requests)} requests.")
+        check_requests(list(self.requests))
+        if points[-1]:
+            self.editor.check(self.requests[: points[-1]])
         if uneven := [n for n in points if n % self.batch_size]:
             raise UserError(f"Checkpoint {uneven[0]} is no multiple of the batch of {self.batch_size} requests.")
+        self._done = 0
+        self._measures: dict[str, str] = {}
         self._edits: list[Edit] = []
         self._originals: dict[str, torch.Tensor] = {}
         self._layout = self.layout or layout_for(self.tokenizer)
+        self._left()  # a folder of another run is refused now, not after another editor's hours
 
     def __iter__(self) -> Iterator[State]:
         """Yields the states. A state is closed, and its measurements are kept, when the next one is asked for."""
@@ -140,11 +145,8 @@ class SequentialEditing:
         progress = self.progress or Silent()
         progress.start(f"{self.editor.name}: edits", self.checkpoints[-1])
         self.states, self.stopped = [], None
-        done = self._reopen()
+        self._reopen()
         neutral = Neutral(self.model, self.tokenizer, self.neutral)
-        for number in range(done):
-            self._put_on(load_edit(self._edit_folder(number)))
-        progress.advance(done * self.batch_size)
         measured = {state["n"]: state for state in self.states}
         self.states = []
         for checkpoint in self.checkpoints:
@@ -161,7 +163,7 @@ class SequentialEditing:
                 self._keep()
             self.stopped = failure or self._reason(self.states[-1])
             if self.stopped is not None:
-                progress.message(f"{self.editor.name}: stopped after {n} edits: {self.stopped.rstrip('.')}.")
+                progress.message(f"{self.editor.name}: stopped after {n} edits: {self.stopped}.")
                 return
 
     def _write_up_to(self, n: int, progress: Progress) -> str | None:
@@ -171,14 +173,19 @@ class SequentialEditing:
             UserError: The editor refuses a request, or the model as it is.
         """
         while (at := len(self._edits) * self.batch_size) < n:
+            if (number := len(self._edits)) < self._done:
+                self._put_on(load_edit(self._edit_folder(number)))
+                progress.advance(self.batch_size)
+                continue
             try:
                 edit = self.editor.fit(self.model, self.tokenizer, self.requests[at : at + self.batch_size])
             except DivergedError as error:
                 if not self._edits:
                     raise
-                return f"no further fact could be written ({error})"
+                progress.message(f"{self.editor.name}: {error}")
+                return "no further fact could be written, for its numbers were not finite"
             if self.folder is not None:
-                edit.save(self._edit_folder(len(self._edits)), force=True)
+                edit.save(self._edit_folder(number), force=True)
             self._put_on(edit)
             progress.advance(self.batch_size)
         return None
@@ -194,8 +201,10 @@ class SequentialEditing:
         """Goes through all states, measures, restores the model, and returns the measurements.
 
         Args:
-            abilities: Name to ``measure(state) -> dict``.
+            abilities: Name to ``measure(state) -> dict``. States in the folder that were measured by others (with other
+                names, or another ``identity`` where they have one) are measured again; the edits are not made again.
         """
+        self._measures = {name: str(getattr(measure, "identity", "")) for name, measure in (abilities or {}).items()}
         try:
             for state in self:
                 for name, measure in (abilities or {}).items():
@@ -271,35 +280,46 @@ class SequentialEditing:
         assert self.folder is not None
         return self.folder / "edits" / f"{number:05d}"
 
-    def _reopen(self) -> int:
-        """Reads what an earlier run left; returns how many edits there are."""
-        if self.folder is None:
-            return 0
+    def _left(self) -> dict[str, Any] | None:
+        """Returns what an earlier run of the same plan left in the folder, if there is anything.
+
+        Raises:
+            UserError: It is another plan's, and ``force`` is off.
+        """
+        if self.folder is None or not (file := self.folder / "sequence.json").exists():
+            return None
+        kept = read_json(file)
         plan = {**self._plan(), "model": model_fingerprint(self.model)}
-        file = self.folder / "sequence.json"
-        if file.exists():
-            kept = read_json(file)
-            if isinstance(kept, dict) and kept.get("plan") == plan and isinstance(kept.get("states"), list):
-                self.states = kept["states"]
-                done = 0
-                while done * self.batch_size < self.checkpoints[-1] and self._edit_folder(done).is_dir():
-                    done += 1
-                self._plan_kept = plan
-                return done
-            if not self.force:
-                raise UserError(
-                    f"{self.folder} holds another sequence (another model, editor, requests or checkpoints): choose "
-                    f"another folder, or give --force to throw it away."
-                )
-        # Edits of which nothing is known: those of this run are told apart by their numbers alone.
-        shutil.rmtree(self.folder / "edits", ignore_errors=True)
-        self._plan_kept = plan
-        self._keep()
-        return 0
+        if isinstance(kept, dict) and kept.get("plan") == plan and isinstance(kept.get("states"), list):
+            return kept
+        if not self.force:
+            raise UserError(
+                f"{self.folder} holds another sequence (another model, editor, requests or checkpoints): choose "
+                f"another folder, or give --force to throw it away."
+            )
+        return None
+
+    def _reopen(self) -> None:
+        """Reads what an earlier run left: its states, and how many edits there are."""
+        self._done = 0
+        if self.folder is None:
+            return
+        kept = self._left()
+        self._plan_kept = {**self._plan(), "model": model_fingerprint(self.model)}
+        if kept is None:
+            # Edits of which nothing is known: those of this run are told apart by their numbers alone.
+            shutil.rmtree(self.folder / "edits", ignore_errors=True)
+            self._keep()
+            return
+        if kept.get("measures", {}) == self._measures:
+            self.states = kept["states"]
+        while self._done * self.batch_size < self.checkpoints[-1] and self._edit_folder(self._done).is_dir():
+            self._done += 1
 
     def _keep(self) -> None:
         if self.folder is not None:
-            write_json(self.folder / "sequence.json", {"plan": self._plan_kept, "states": self.states})
+            kept = {"plan": self._plan_kept, "measures": self._measures, "states": self.states}
+            write_json(self.folder / "sequence.json", kept)
 
 
 def retained(

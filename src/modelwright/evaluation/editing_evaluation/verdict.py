@@ -75,10 +75,13 @@ def advice(runs: Mapping[str, Sequence[Mapping[str, Any]]], kept: float = KEPT) 
     if not able:
         return "None of these editors writes its facts into this model as it is set: tune them before use."
     best = max(able, key=lambda m: (reached[m], written(runs[m], reached[m]) or 0.0))
+    idle = [m for m in runs if m not in able]
+    note = f" Too few facts are written by {', '.join(idle)}." if idle else ""
     if reached[best] == 0:
         n = min(s["n"] for s in runs[best] if s["n"] > 0)
         return (
-            f"No editor can be recommended: with each, some ability falls below {kept:.0%} of what it was by {n} edits."
+            f"No editor can be recommended: with {', '.join(able)}, some ability falls below {kept:.0%} of what it was "
+            f"by {n} {'edit' if n == 1 else 'edits'}.{note}"
         )
     share = written(runs[best], reached[best]) or 0.0
     last = max(s["n"] for s in runs[best])
@@ -87,5 +90,5 @@ def advice(runs: Mapping[str, Sequence[Mapping[str, Any]]], kept: float = KEPT) 
         f"Use {best}: the model stands {bound}{reached[best]} edits with {share:.0%} of them kept and every ability at "
         f"{kept:.0%} or more of what it was."
     )
-    others = [f"{m} {reached[m]}" for m in sorted(runs, key=lambda m: -reached[m]) if m != best]
-    return said + (f" The others stand: {', '.join(others)}." if others else "")
+    others = [f"{m} {reached[m]}" for m in sorted(able, key=lambda m: -reached[m]) if m != best]
+    return said + (f" The others stand: {', '.join(others)}." if others else "") + note
