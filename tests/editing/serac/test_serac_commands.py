@@ -128,17 +128,22 @@ def test_parts_that_are_elsewhere_are_copied_or_written(folder, tmp_path, monkey
         module._in_memory.clear()
 
 
-def test_under_lm_eval_neither_padding_nor_answers_are_read(folder):
+@pytest.mark.parametrize("threshold", [0.5, 0.999])
+def test_under_lm_eval_neither_padding_nor_answers_are_read(folder, tmp_path, threshold):
+    """At the higher threshold no prompt is in scope, but each with its new answer would be."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
     from modelwright.evaluation.harness_model import MethodLM
 
     model, edit = trained(), load_edit(folder / "edit")
+    edit.threshold = threshold
+    edit.save(tmp_path / "edit")
+    right = RIGHT if threshold == 0.5 else [r.old_answer for r in ASKED for _ in range(2)]
     pairs = [(text, f" {answer} .") for text in PROMPTS for answer in ("Oslo", "Lima")]
 
     def asked(batch_size):
-        parts = read_parts([str(folder / "edit")])
+        parts = read_parts([str(tmp_path / "edit")])
         lm = MethodLM(
             pretrained=model, methods=parts, tokenizer=TOKENIZER, batch_size=batch_size, max_length=64, device="cpu"
         )
@@ -156,7 +161,7 @@ def test_under_lm_eval_neither_padding_nor_answers_are_read(folder):
 
     scores, texts = asked(1)
     padded, padded_texts = asked(6)
-    assert [text.split()[0] for text in texts] == [text.split()[0] for text in padded_texts] == RIGHT
+    assert [text.split()[0] for text in texts] == [text.split()[0] for text in padded_texts] == right
     assert torch.allclose(torch.tensor([s for s, _ in scores]), torch.tensor([s for s, _ in padded]), atol=1e-4)
     for (text, answer), (score, _) in zip(pairs, scores):
         ids, tail = TOKENIZER(text)["input_ids"], TOKENIZER(answer)["input_ids"]
