@@ -181,7 +181,6 @@ def _member(rank, folder, keys):
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
         trainer, weights = train(folder / "out", double(), kind=Kept, **keys)
         torch.save((trainer.rows, weights), folder / f"{rank}.pt")
-        torch.distributed.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
