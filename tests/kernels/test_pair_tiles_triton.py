@@ -102,6 +102,8 @@ KERNELS = [
 )
 def test_kernels_compile_without_a_card(tmp_path, monkeypatch, name, width, switches, capability, precision):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # so that it is compiled, not found
+    if (capability, precision) != (90, "fp16"):  # what comes after the PTX takes most of the time: no test looks at it
+        monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
     made = compile_kernel(name, capability, precision, width, **switches)
     # What every card since Ampere, or since Hopper, gives a program.
     assert 0 < made.metadata.shared <= (99 if capability == 80 else 227) * 1024

@@ -3,14 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from forked import kill_when
+import forked
 from modelwright.errors import UserError
 from modelwright.models.loading import load_model, load_tokenizer, save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
@@ -127,7 +127,7 @@ def test_killed_at_any_moment_the_next_run_ends_the_same(folder, tmp_path):
     work = tmp_path / "killed.training"
     for _ in range(2):
         before = newest(work)
-        kill_when(
+        forked.kill_when(
             lambda before=before: newest(work) > before,
             lambda: verb(folder, tmp_path / "killed", **long).run(Silent()),
         )
@@ -223,31 +223,23 @@ def test_an_existing_output_is_refused_before_any_work(folder, tmp_path):
         verb(folder, tmp_path / "m", data=["nowhere.jsonl"]).run(Silent())
 
 
-COMMAND = """
-import json, sys
-from pathlib import Path
-from modelwright.verbs.train import Train
-from modelwright.progress import Silent
-options = json.loads(sys.argv[1])
-Train(**{**options, "output": Path(options["output"])}).run(Silent())
-"""
+def torchrun(rank, count, work):
+    """What the command `torchrun` does, but that its processes are forked, and import nothing again."""
+    keys = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "run_id": "test", "start_method": "fork"}
+    elastic_launch(LaunchConfig(1, 1, count, monitor_interval=0.1, max_restarts=0, **keys), work)()
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_of_twice_the_batch(folder, tmp_path):
     keys = {"set": SIZES, "eval_data": [], "save_every": 0, "steps": 10}
     verb(folder, tmp_path / "one", **keys).run(Silent())
-    options = vars(verb(folder, str(tmp_path / "two"), **{**keys, "batch_size": 2}))
-    (tmp_path / "run.py").write_text(COMMAND)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run.py"), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def work():
+        for state in (AcceleratorState, GradientState, PartialState):  # of tests that ran before in this process
+            state._reset_state()
+        verb(folder, tmp_path / "two", **{**keys, "batch_size": 2}).run(Silent())
+
+    assert forked.run(torchrun, 1, 2, work) == [0]
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=1e-4)
