@@ -31,6 +31,16 @@ def load_encoder(path_or_id: str | Path) -> tuple[PreTrainedModel, PreTrainedTok
     return encoder.eval(), load_tokenizer(folder)
 
 
+def text_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the tokens of the longest text that an encoder, or a causal language model, can embed."""
+    longest = context_length(model) or 512
+    # RoBERTa and its kin count positions from the padding id on, so that some are lost.
+    padding = getattr(getattr(unwrap(model).base_model, "embeddings", None), "padding_idx", None)
+    if padding is not None:
+        longest -= padding + 1
+    return int(min(longest, tokenizer.model_max_length))
+
+
 @torch.no_grad()
 def sentence_vectors(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 64
@@ -47,15 +57,21 @@ def sentence_vectors(
         (texts, size) float32, on the CPU.
     """
     body: Any = getattr(unwrap(model), "base_model", model)
-    longest = context_length(model) or 512
+    longest, vocabulary = text_limit(model, tokenizer), model.get_input_embeddings().weight.shape[0]
     found = []
     for start in range(0, len(texts), batch_size):
-        encoded = tokenizer(
-            [text or " " for text in texts[start : start + batch_size]], padding=True, padding_side="right",
-            truncation=True, max_length=longest, return_tensors="pt",
-        ).to(model.device)  # fmt: skip
-        hidden = body(**encoded).last_hidden_state.float()
-        mask = encoded["attention_mask"][..., None].to(hidden)
+        some = [text or " " for text in texts[start : start + batch_size]]
+        rows = tokenizer(some, truncation=True, max_length=longest)["input_ids"]
+        # Padded here: many tokenizers of language models have no padding token, and some give token types to models
+        # that take them for tokens (GPT-2).
+        ids = torch.full((len(rows), max(map(len, rows))), min(tokenizer.pad_token_id or 0, vocabulary - 1))
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        mask = mask[..., None].to(hidden)
         mean = (hidden * mask).sum(1) / mask.sum(1)
         found.append(torch.nn.functional.normalize(mean, dim=1).cpu())
     return torch.cat(found)

@@ -5,15 +5,17 @@ import json
 import pytest
 import torch
 
-from editing.small_facts import TOKENIZER, requests, trained
+from editing.small_facts import TOKENIZER, requests, trained, word_tokenizer
 from modelwright.editing import EditRequest, load_edit, make_editor
 from modelwright.editing.ice import IKE
+from modelwright.editing.ice import editor as module
 from modelwright.editing.ice.editor import examples_of
-from modelwright.editing.sentences import sentence_vectors
+from modelwright.editing.sentences import sentence_vectors, text_limit
+from modelwright.editing.serac import SeracParts
 from modelwright.errors import UserError
-from modelwright.evaluation.editors import writes_prompt
+from modelwright.evaluation.editors import describe, writes_prompt
 from modelwright.models.loading import save_model
-from modelwright.models.tiny import byte_tokenizer
+from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.progress import Silent
 from modelwright.verbs.edit import EditModel
 from modelwright.verbs.generate import Generate
@@ -79,6 +81,60 @@ def test_an_encoder_of_ones_own(shown, tmp_path):
     with torch.no_grad():
         hidden = bert(**byte_tokenizer()(pair[1], return_tensors="pt")).last_hidden_state[0].mean(0)
     assert torch.allclose(other, hidden / hidden.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_models_own_states_need_no_padding_token_and_take_no_token_types(family):
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    model, texts = trained(family), ["Ada lives in Oslo", "Bob likes"]
+    found = sentence_vectors(model, tokenizer, texts)
+    with torch.no_grad():
+        for text, vector in zip(texts, found):
+            ids = torch.tensor([TOKENIZER(text)["input_ids"]])
+            hidden = model.base_model(input_ids=ids).last_hidden_state[0].mean(0)
+            assert torch.allclose(vector, hidden / hidden.norm(), atol=1e-5)
+
+
+def test_a_text_too_long_for_roberta_is_cut_where_its_positions_end():
+    """Its positions begin behind the padding id: of 20, two are lost."""
+    from transformers import RobertaConfig, RobertaModel
+
+    roberta = RobertaModel(RobertaConfig(
+        vocab_size=259, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=20, pad_token_id=1,
+    )).eval()  # fmt: skip
+    words = byte_tokenizer()
+    assert text_limit(roberta, words) == 18
+    long, cut = sentence_vectors(roberta, words, ["abcdefgh" * 9, ("abcdefgh" * 9)[:18]])
+    assert torch.allclose(long, cut, atol=1e-5)
+    parts = SeracParts(tiny_model("gpt2"), roberta, words, size=24, classifier="cross").eval()
+    long = EditRequest("{} is " + "very " * 9, "Ada", "Oslo")
+    assert parts.scores(trained(), TOKENIZER, ["x" * 50], [long], torch.zeros(1, 0)).tolist() == [[0.5]]
+
+
+def test_facts_are_read_and_embedded_once_for_all_fits(shown, monkeypatch):
+    seen, real = [], module.sentence_vectors
+    monkeypatch.setattr(module, "sentence_vectors", lambda m, t, texts: seen.append(len(texts)) or real(m, t, texts))
+    editor = IKE(demonstrations=[shown], number=3)
+    before = describe(editor)
+    edits = editor.fit_each(trained(), TOKENIZER, FACTS[:1] * 2 + FACTS[2:3])
+    # The new fact, and 7 times three examples; nothing; that Bob leaves Dot as is, since Cid is now the new fact.
+    assert seen == [1, 21, 1]
+    alone = IKE(demonstrations=[shown], number=3).fit(trained(), TOKENIZER, FACTS[2:3])
+    assert edits[2].demonstrations == alone.demonstrations
+    assert edits[2].details["similarities"] == pytest.approx(alone.details["similarities"], abs=1e-6)
+    assert describe(editor) == before
+    editor.fit(trained("gpt2"), TOKENIZER, FACTS[:1])  # another model
+    assert seen[-2:] == [1, 21]
+
+
+def test_what_is_said_in_other_words_of_the_new_prompt_is_not_shown(tmp_path):
+    fact = EditRequest("The home of {} is", "Ada", "Lima", old_answer="Rome", paraphrases=(FACTS[0].prompt,))
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(r.to_dict()) + "\n" for r in [fact, FACTS[1]]))
+    edit = IKE(demonstrations=[str(tmp_path / "shown.jsonl")]).fit(trained(), TOKENIZER, FACTS[:1])
+    assert not any("Ada" in text for text in edit.demonstrations)
 
 
 def test_by_the_commands(shown, tmp_path):

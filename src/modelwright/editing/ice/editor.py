@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
 
 from modelwright.editing.editor import Editor
+from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.ice.edit import ContextEdit, demonstration
 from modelwright.editing.requests import EditRequest, check_requests, read_requests
 from modelwright.editing.sentences import load_encoder, sentence_vectors
@@ -57,6 +60,7 @@ class IKE(Editor):
     about a new fact's own prompt is never taken.
 
     With several new facts, each has a line of its own, and an example counts as near as it is to the nearest of them.
+    Facts that are read and embedded once are kept for later fits of the same editor.
     """
 
     name: ClassVar[str] = "ike"
@@ -74,6 +78,12 @@ class IKE(Editor):
         Arg("Encoder of sentences, a folder or hub id, such as sentence-transformers/all-MiniLM-L6-v2; the model's "
             "own states by default.", kind="input"),
     ] = None  # fmt: skip
+
+    _facts: list[EditRequest] = field(default_factory=list, init=False, repr=False, compare=False)
+    _by: Any = field(default=None, init=False, repr=False, compare=False)
+    #: Texts to vectors of the model of that fingerprint.
+    _known: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _of: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.demonstrations, str):
@@ -102,20 +112,30 @@ class IKE(Editor):
         """
         self.check(requests)
         new = {r.text for r in requests}
-        shown = [r for r in read_requests(self.demonstrations) if r.text not in new]
+        self._facts = self._facts or read_requests(self.demonstrations)
+        shown = [r for r in self._facts if new.isdisjoint((r.text, *r.paraphrase_texts()))]
         texts = [text for i, r in enumerate(shown) for text in examples_of(r, shown[i + 1 :] + shown[:i])]
         if not texts:
             raise UserError("All demonstrations are about the prompts of the requests themselves: give other facts.")
-        by, words = (model, tokenizer) if self.encoder is None else load_encoder(self.encoder)
-        if self.encoder is not None:
-            by.to(model.device)
-        wanted = sentence_vectors(by, words, [demonstration(r, r.text, r.target) for r in requests])
-        scores = (sentence_vectors(by, words, texts) @ wanted.T).amax(1)
+        wanted = self._vectors(model, tokenizer, [demonstration(r, r.text, r.target) for r in requests])
+        scores = (self._vectors(model, tokenizer, texts) @ wanted.T).amax(1)
         nearest = scores.argsort(descending=True, stable=True)[: self.number].flip(0).tolist()
         if progress is not None:
             progress.advance(len(requests))
         details = {"similarities": [float(scores[i]) for i in nearest]}
         return ContextEdit(self.name, None, requests, details, [texts[i] for i in nearest])
+
+    def _vectors(self, model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+        if self.encoder is not None and self._by is None:
+            self._by = load_encoder(self.encoder)
+        if self._by is not None:
+            self._by[0].to(model.device)
+        by, words = self._by or (model, tokenizer)
+        if self._of != (of := model_fingerprint(by)):
+            self._known, self._of = {}, of
+        if missing := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            self._known |= zip(missing, sentence_vectors(by, words, missing))
+        return torch.stack([self._known[text] for text in texts])
 
 
 def examples_of(request: EditRequest, others: Sequence[EditRequest]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from modelwright.editing.fingerprint import checksum, model_fingerprint
 from modelwright.editing.learning import plain_inputs
 from modelwright.editing.requests import EditRequest
-from modelwright.editing.sentences import load_encoder
+from modelwright.editing.sentences import load_encoder, text_limit
 from modelwright.editing.serac.scope import scope_scores
 from modelwright.editing.subject import encode_pair
 from modelwright.errors import UserError
@@ -125,7 +125,7 @@ class SeracParts(nn.Module):
                 hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state.float()
         else:
             self.encoder.to(model.device)
-            longest = context_length(self.encoder) or 512
+            longest = text_limit(self.encoder, self.encoder_tokenizer)
             encoded = self.encoder_tokenizer(
                 list(texts), *([list(behind)] if behind is not None else []), padding=True,
                 truncation=True, max_length=longest, return_tensors="pt", padding_side="right",
