@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from safetensors.torch import load_file
 
 from editing.small_facts import HOMES, SUBJECTS, TOKENIZER, requests, texts, trained
 from modelwright import catalog
-from modelwright.editing import Editor, KeyStatistics, load_edit
+from modelwright.editing import Editor, KeyStatistics, load_edit, make_editor
 from modelwright.editing.edit import base_fingerprint
 from modelwright.editing.fingerprint import model_fingerprint
+from modelwright.editing.pmet import PMET
 from modelwright.errors import UserError
 from modelwright.models.loading import load_model, load_tokenizer, save_model
 from modelwright.progress import Silent
@@ -195,7 +197,14 @@ def test_an_edit_that_is_too_weak_says_what_to_change(folder, tmp_path):
     assert "raise steps (1)" in unlearnt["warnings"][-1]
 
 
+def test_a_weight_that_is_light_already_is_not_called_too_heavy():
+    edit = SimpleNamespace(details={"last_loss": [0.01], "strengths": [5.0, 6.0]})
+    assert "--set weight=6" in make_editor("memit", {"weight": 100}).remedy(edit)
+    for weight in (0, 0.1, 6):
+        assert make_editor("pmet", {"weight": weight}).remedy(edit) == PMET.stronger
+
+
 def test_every_editor_knows_what_would_make_it_stronger():
     said = {name: catalog.load("editors", name).stronger for name in catalog.provided("editors")}
-    assert [name for name, text in said.items() if text == Editor.stronger and name not in ("memit", "pmet")] == []
+    assert [name for name, text in said.items() if text == Editor.stronger] == []
     assert not any(text.endswith(".") for text in said.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
@@ -29,6 +29,8 @@ class SpreadEditor(LocateAndEdit):
     ``details`` of an edit has, by layer, ``strengths``: kᵀ C⁻¹ k of its keys (the median), against which λ stands. A
     layer writes kᵀ C⁻¹ k / (λ + kᵀ C⁻¹ k) of what it should, for a fact alone.
     """
+
+    stronger: ClassVar[str] = "choose other layers (modelwright edit trace), or raise steps or clamp"
 
     layers: Annotated[
         list[int] | None, Arg("Layers to edit, one after the other; 4 to 8 of 32, and as deep in other models.")
@@ -70,6 +72,8 @@ class SpreadEditor(LocateAndEdit):
         if (said := super().remedy(edit)) != self.stronger or not strengths:
             return said
         half = strengths[len(strengths) // 2]
+        if half >= self.weight:  # most of it is written already: it is not λ
+            return said
         return (
             f"a weight of {self.weight:g} lets a layer write {half / (self.weight + half):.1%} of what is missing; "
             f"--set weight={float(f'{half:.1g}'):g} would let it write half"
