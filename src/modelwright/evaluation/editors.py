@@ -29,6 +29,8 @@ def describe(editor: Editor) -> str:
     """Returns an editor's name and options as text that is the same in every process."""
     parts = []
     for option in dataclasses.fields(editor):  # type: ignore[arg-type]
+        if not option.init:  # not an option: what the editor keeps for itself, such as the contexts it sampled
+            continue
         value = getattr(editor, option.name)
         if not isinstance(value, str | int | float | bool | tuple | list | dict | Path | None):
             value = f"{type(value).__name__} {getattr(value, 'fingerprint', '')}".strip()

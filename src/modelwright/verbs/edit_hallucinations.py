@@ -45,14 +45,17 @@ class EditHallucinations:
         from modelwright.evaluation.hallueditbench.questions import general_item, read_facts, single_valued
         from modelwright.files import check_output
         from modelwright.models.loading import load_model, load_tokenizer
+        from modelwright.options import check_limit
         from modelwright.verbs.evaluate_hallueditbench import load_judge
 
         check_output(self.output, self.force)
         check_format(self.output)
-        given = read_facts(self.questions, self.limit)
-        facts = single_valued(given)
-        if not facts:
+        check_limit(self.limit)
+        given = read_facts(self.questions)
+        single = single_valued(given)
+        if not single:
             raise UserError(f"None of the {len(given)} facts has a single answer: there is nothing to ask.")
+        facts = single[: self.limit]  # only now: a second answer may stand anywhere in the file
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         layout = layout_for(tokenizer, self.layout, self.new_tokens)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
@@ -70,7 +73,7 @@ class EditHallucinations:
         return {
             "output": str(self.output),
             "questions": len(facts),
-            "left_out": len(given) - len(facts),
+            "left_out": len(given) - len(single),
             "wrong": len(wrong),
             "share_wrong": len(wrong) / len(facts),
             "examples": [

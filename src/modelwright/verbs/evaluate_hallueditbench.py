@@ -63,12 +63,14 @@ class HalluEditBench:
             return self._published(progress)
         if self.model is None or not self.items:
             raise UserError("Give --model and --items; or --published to score the published answers.")
+        if self.sure and not self.turns:
+            raise UserError("--sure asks at the turns of the robustness test: give --turns too.")
         return self._measured(progress)
 
     def _measured(self, progress: Progress) -> dict[str, Any]:
         from modelwright import provenance
         from modelwright.evaluation.asking import layout_for
-        from modelwright.evaluation.editors import describe, editors_by_name, with_statistics
+        from modelwright.evaluation.editors import describe, editors_by_name, with_statistics, writes_prompt
         from modelwright.evaluation.hallueditbench import SingleEditing, read_items
         from modelwright.evaluation.hallueditbench.items import unique
         from modelwright.models.loading import describe as describe_model
@@ -89,11 +91,14 @@ class HalluEditBench:
         kept = self.output.with_name(self.output.name + ".answers.jsonl")
         rows = loop.rows(model, tokenizer, items, kept=kept, force=self.force, progress=progress)
         settings = {
-            "items": len(items), "protocol": self.protocol, "turns": self.turns, "layout": layout.kind,
+            "items": len(items), "protocol": self.protocol, "turns": self.turns, "sure": self.sure,
+            "layout": layout.kind,
             "editors": {name: describe(editor) for name, editor in editors.items()},
         }  # fmt: skip
         about = {"name": self.model, **describe_model(model)}
-        return self._write(rows, self.model, {"model": about, "settings": settings, "software": provenance.versions()})
+        in_prompt = [name for name, editor in editors.items() if writes_prompt(editor)]
+        found = {"model": about, "settings": settings, "software": provenance.versions()}
+        return self._write(rows, self.model, in_prompt, found)
 
     def _published(self, progress: Progress) -> dict[str, Any]:
         from modelwright.evaluation.hallueditbench.published import published_models, published_rows
@@ -120,13 +125,15 @@ class HalluEditBench:
             },
         }
 
-    def _write(self, rows: list[dict[str, Any]], model: str, about: dict[str, Any]) -> dict[str, Any]:
+    def _write(
+        self, rows: list[dict[str, Any]], model: str, in_prompt: list[str], about: dict[str, Any]
+    ) -> dict[str, Any]:
         from modelwright.evaluation.hallueditbench.scores import DIMENSIONS, advice, score
         from modelwright.files import write_json
         from modelwright.report.editing import render_single
 
         scores = score(rows)
-        said = advice(scores)
+        said = advice(scores, in_prompt)
         result = {"task": "hallueditbench", "advice": said, "scores": [s.to_dict() for s in scores], **about}
         write_json(self.output, result, self.force)
         if self.report is not None:

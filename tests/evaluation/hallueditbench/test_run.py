@@ -232,6 +232,15 @@ def test_from_facts_to_a_page(folder, tmp_path):
         model=str(folder), questions=[str(tmp_path / "facts.jsonl")], output=items, new_tokens=6
     ).run(Silent())
     assert said["wrong"] == 3
+    # A second answer far down counts, however few are asked.
+    write_rows(tmp_path / "more.jsonl", [*rows, {**rows[0], "answer": "Riga"}])
+    more = EditHallucinations(
+        model=str(folder), questions=[str(tmp_path / "more.jsonl")], output=tmp_path / "more.csv", new_tokens=6, limit=1
+    )
+    said = more.run(Silent())
+    assert (said["questions"], said["left_out"], said["examples"][0]["question"]) == (1, 2, "Where is Ky?")
+    with pytest.raises(UserError, match="--limit is 0"):
+        dataclasses.replace(more, limit=0, force=True).run(Silent())
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     options = {"ft-m.layer": 1, "ft-m.learning_rate": 0.05, "ft-m.steps": 60}
     verb = HalluEditBench(
@@ -249,6 +258,13 @@ def test_from_facts_to_a_page(folder, tmp_path):
     assert json.loads(out.read_text())["scores"][0]["items"] == 3
     with pytest.raises(UserError, match="exists already"):
         verb.run(Silent())
+    # Whatever is its name: what stands in the prompt does not change the model itself.
+    (tmp_path / "shown.jsonl").write_text(json.dumps({"prompt": "{} is in", "subject": "Al", "target": "Pisa"}) + "\n")
+    ike = dataclasses.replace(
+        verb, methods=["ike"], output=tmp_path / "ike.json", report=None, per_topic=1, turns=0,
+        options={"ike.demonstrations": str(tmp_path / "shown.jsonl")},
+    )  # fmt: skip
+    assert "this model itself" not in ike.run(Silent())["advice"]
     # The kept answers spare the edits.
     out.unlink()
     page.unlink()
@@ -260,6 +276,8 @@ def test_what_is_missing_is_said(tmp_path):
         HalluEditBench(output=tmp_path / "o.json").run(Silent())
     with pytest.raises(UserError, match="turns must be 0 or more"):
         SingleEditing(editors={}, layout=LAYOUT, turns=-1).rows(None, None, [])
+    with pytest.raises(UserError, match="give --turns too"):
+        HalluEditBench(output=tmp_path / "o.json", model="m", items=["i.csv"], sure=True).run(Silent())
 
 
 def test_a_question_with_braces_is_a_question(model, tokenizer):

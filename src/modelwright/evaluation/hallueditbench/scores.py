@@ -152,7 +152,7 @@ def balance(scores: Scores) -> float:
     return len(values) / sum(1 / value for value in values)
 
 
-def advice(scores: Sequence[Scores], in_prompt: Iterable[str] = ("ice",)) -> str:
+def advice(scores: Sequence[Scores], in_prompt: Iterable[str] = ("ice", "ike")) -> str:
     """Returns which editor to use for this model, in a sentence or two.
 
     Args:
