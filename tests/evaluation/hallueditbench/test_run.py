@@ -280,6 +280,16 @@ def test_what_is_missing_is_said(tmp_path):
         HalluEditBench(output=tmp_path / "o.json", model="m", items=["i.csv"], sure=True).run(Silent())
 
 
+def test_what_the_last_editor_lacks_is_said_before_the_first_one_edits(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "answers", lambda *_, **__: pytest.fail("asked"))
+    item = dataclasses.replace(ITEMS[1], wrong=None)
+    for name, missing in (("memit", "needs key statistics"), ("ike", "needs facts to show"), ("kn", "no old_answer")):
+        loop = SingleEditing(editors={"ice": make_editor("ice"), name: make_editor(name)}, layout=LAYOUT)
+        with pytest.raises(UserError, match=missing):
+            loop.rows(model, tokenizer, [ITEMS[0], item], kept=tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
 def test_a_question_with_braces_is_a_question(model, tokenizer):
     item = dataclasses.replace(ITEMS[0], question="Where {} is Bo?")
     request = SingleEditing(editors={}, layout=LAYOUT).request(editors()["ft-m"], LAYOUT, item)

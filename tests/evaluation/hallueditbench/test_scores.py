@@ -96,6 +96,9 @@ class Writes:
     after: dict
     name = "written"
 
+    def check(self, requests):
+        pass
+
     def fit_each(self, model, tokenizer, requests):
         return [Written("written", None, [r], {"after": self.after[r.target]}) for r in requests]
 

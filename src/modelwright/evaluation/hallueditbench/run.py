@@ -88,6 +88,9 @@ class SingleEditing:
         if self.turns < 0 or self.batch_size < 1 or self.fit_batch < 1:
             raise UserError("turns must be 0 or more, batch_size and fit_batch at least 1.")
         layout, progress = self.layout or layout_for(tokenizer), progress or Silent()
+        for editor in self.editors.values():  # now, not after the hours of the editors before it
+            for item in items:
+                editor.check([self.request(editor, layout, item)])
         every = [name for name, _ in unwrap(model).named_parameters()]
         start = model_fingerprint(model, whole=every)
         store = _Store(kept, self._plan(layout, items, start), force)
