@@ -197,6 +197,15 @@ def test_an_edit_that_is_too_weak_says_what_to_change(folder, tmp_path):
     assert "raise steps (1)" in unlearnt["warnings"][-1]
 
 
+@pytest.mark.parametrize(
+    ("method", "lacks"), [("memit", "key statistics"), ("ike", "facts to show"), ("serac", "not trained")]
+)
+def test_what_an_editor_lacks_is_said_before_a_model_is_loaded(folder, tmp_path, method, lacks):
+    with pytest.raises(UserError, match=lacks):
+        run(EditModel, model=str(tmp_path / "nowhere"), method=method, requests=[str(folder / "edits.jsonl")],
+            output=tmp_path / "o", as_delta=True)  # fmt: skip
+
+
 def test_a_weight_that_is_light_already_is_not_called_too_heavy():
     edit = SimpleNamespace(details={"last_loss": [0.01], "strengths": [5.0, 6.0]})
     assert "--set weight=6" in make_editor("memit", {"weight": 100}).remedy(edit)

@@ -65,6 +65,7 @@ class EditModel:
         if not self.as_delta and not editor.changes_weights:
             raise self._no_checkpoint()
         requests = read_requests(self.requests, limit=self.limit)
+        editor.check(requests)
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
         before = says_target(model, tokenizer, requests)
