@@ -193,7 +193,7 @@ def test_signals_stop_a_running_verb_without_leftovers(tmp_path, stop, code):
             break
     time.sleep(0.3)
     process.send_signal(stop)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
     assert not (tmp_path / "chosen.jsonl").exists()
