@@ -48,7 +48,8 @@ VARIANTS = {
 @dataclass(frozen=True)
 class Setting:
     """Sizes of one scale: the testbed, where to measure (few, half, all), tests of an ability, edits of the tuning,
-    facts on which MEND and SERAC are trained, and how many settings of each method are tried.
+    facts on which MEND and SERAC are trained, how many settings of each method are tried, and steps of those trainings
+    if not the settings' own.
     """
 
     testbed: FactModelSetting
@@ -57,6 +58,7 @@ class Setting:
     tuning: int
     taught: int
     tried: int = 4
+    learning: int | None = None
 
 
 SETTINGS = {
@@ -64,7 +66,7 @@ SETTINGS = {
         FactModelSetting(
             people=16, companies=6, cities=8, countries=5, hidden=16, intermediate=32, layers=3, steps=3, batch=8
         ),
-        (10, 20, 30), 2, 10, 6, 1,
+        (1, 2, 3), 1, 1, 3, 1, 3,
     ),
     "cpu": Setting(FactModelSetting(), (10, 50, 100), 40, 10, 30),
     "gpu": Setting(
@@ -94,7 +96,7 @@ def prepare(context: Context) -> dict[str, Any]:
     for variant, (editor, batch) in METHODS.items():
         tried = []
         for options in known[editor][1][: setting.tried]:
-            last = sequence(bed, editor, options, batch, (setting.tuning,), setting)[-1]
+            last = sequence(bed, editor, options, min(batch, setting.tuning), (setting.tuning,), setting)[-1]
             tried.append((last["retention"]["all"] * abilities(last), options))
         best, chosen[variant] = max(tried, key=lambda pair: pair[0])
         context.report(f"{variant}: {chosen[variant]} with {best:.3f}")
@@ -111,7 +113,7 @@ def run(context: Context, seed: int, prepared: Mapping[str, Any]) -> dict[str, d
     few, half, all_ = setting.checkpoints
     measured: dict[str, dict[str, float]] = {}
     for variant, (editor, batch) in METHODS.items():
-        states = sequence(bed, editor, prepared["options"][variant], batch, (0, few, half, all_), setting)
+        states = sequence(bed, editor, prepared["options"][variant], min(batch, few), (0, few, half, all_), setting)
         by_n = {state["n"]: state for state in states}
         for n in (few, half, all_):  # a ruined model in which no further fact can be written stays as it is
             by_n.setdefault(n, states[-1])
@@ -164,6 +166,8 @@ def sequence(
         new = right if right != now else bed.texts.other(relation, draw, now, subject)
         requests.append(request(subject, relation, new, now))
     name, _ = candidates(Place((0, 1), "last"))[editor]
+    if setting.learning is not None and "eval_every" in options:
+        options = {**options, "steps": setting.learning, "eval_every": setting.learning}
     tasks = fact_model_tasks(bed.texts, bed.tokenizer, edited=[*edited, *taught], tests=setting.tests, seed=4)
     layout = Layout(kind="qa", new_tokens=5)
     run = SequentialEditing(
