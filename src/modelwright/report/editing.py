@@ -42,7 +42,10 @@ def render_single(
     """
     scores = result["scores"]
     present = [name for name in _DIMENSIONS if any(s[name] is not None for s in scores)]
-    best = {n: max((s[n] for s in scores if s[n] is not None), default=None) for n in present}
+    best = {}
+    for name in present:
+        values = [s[name] for s in scores if s[name] is not None]
+        best[name] = max(values) if len(set(values)) > 1 else None  # where all are alike none is the best
     table = [
         {
             "label": s["method"],
@@ -156,7 +159,8 @@ def render_sequence(result: Mapping[str, Any], output: Path, *, title: str, forc
         for group, found in panels.items()
     }
     stands = [
-        {"label": m, "cells": [str(n), result.get("stopped", {}).get(m, "–")]} for m, n in result["stands"].items()
+        {"label": m, "cells": [str(result["stands"].get(m, "–")), result.get("stopped", {}).get(m, "–")]}
+        for m in result["states"]
     ]
     page = {
         "title": title, "advice": result["advice"], "figures": figures_of, "stands": stands,

@@ -69,6 +69,7 @@ class EditSequence:
         from modelwright.errors import UserError
         from modelwright.evaluation.asking import layout_for
         from modelwright.evaluation.editing_evaluation import SequentialEditing, advice, stands
+        from modelwright.evaluation.editing_evaluation.verdict import present
         from modelwright.evaluation.editors import describe, editors_by_name, laid_out, with_statistics, writes_prompt
         from modelwright.files import write_json
         from modelwright.models.loading import describe as describe_model
@@ -116,7 +117,8 @@ class EditSequence:
         result = {
             "task": "editing-evaluation",
             "advice": said,
-            "stands": {name: stands(states, self.kept_share) for name, states in runs.items()},
+            # What a model cannot do at all cannot be lost, and that is no praise of an editor.
+            "stands": {m: stands(s, self.kept_share) for m, s in runs.items() if not abilities or present(s[0])},
             "stopped": stopped,
             "states": runs,
             "model": {"name": self.model, **describe_model(model)},
@@ -129,7 +131,8 @@ class EditSequence:
         write_json(self.output / "sequence.json", result, True)
         page = self.output / "sequence.html"
         render_sequence(result, page, title=f"{Path(self.model).name} after N edits")
-        return {"output": str(self.output), "report": str(page), "stands": result["stands"], "advice": said}
+        counted = {"stands": result["stands"]} if result["stands"] else {}
+        return {"output": str(self.output), "report": str(page), **counted, "advice": said}
 
     def _abilities(self, model: Any, tokenizer: Any, layout: Any) -> dict[str, Any]:
         from modelwright.data.records import Records

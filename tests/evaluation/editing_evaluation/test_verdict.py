@@ -1,6 +1,7 @@
 """The verdict: how many edits a model stands, and with which editor; and the page and command that say so."""
 
 import json
+import re
 
 import pytest
 
@@ -69,6 +70,11 @@ def test_the_command_writes_curves_and_goes_on(folder, tmp_path):
     assert said["advice"][:20] in page
     assert page.count("<svg") >= 7
     assert "Arithmetic, by likelihood" in page
+    # This model cannot calculate, so that it still cannot is no praise of an editor.
+    assert result["states"]["ft-m"][0]["arithmetic"]["generation"] == 0
+    assert result["stands"] == {}
+    assert "stands" not in said
+    assert re.search(r"ft-m</th>\s*<td[^>]*>–<", page)
     assert verb.run(Silent()) == said
     verb.checkpoints = ["3"]
     with pytest.raises(UserError, match="only 2 requests"):
@@ -99,6 +105,7 @@ def test_the_page_tells_more_editors_apart_than_it_has_colours(tmp_path):
     runs["m8"][2]["max_delta_norm"] = 3e5
     result = {"states": runs, "advice": "", "stands": dict.fromkeys(runs, 10)}
     page = render_sequence(result, tmp_path / "page.html", title="x").read_text()
+    assert re.search(r"m0</th>\s*<td[^>]*>10<", page)
     assert page.count("○") == 2  # one in each legend
     assert "●" in page
     assert "100k" in page

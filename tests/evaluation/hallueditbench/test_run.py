@@ -17,6 +17,7 @@ from modelwright.evaluation.matching import ModelJudge
 from modelwright.models.loading import save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.progress import Silent
+from modelwright.report.editing import render_single
 from modelwright.verbs.edit_hallucinations import EditHallucinations
 from modelwright.verbs.evaluate_hallueditbench import HalluEditBench
 
@@ -253,6 +254,10 @@ def test_from_facts_to_a_page(folder, tmp_path):
     assert said["advice"].split(":")[0] in html
     assert "3 facts that the model had wrong" in html
     assert "Five dimensions" in html
+    assert 'class="best"' in html
+    alike = json.loads(out.read_text())
+    alike["scores"] = [alike["scores"][0]] * 2
+    assert 'class="best"' not in render_single(alike, [], tmp_path / "alike.html", title="x").read_text()
     assert "Where is Bo?" in html
     assert "<svg" in html
     assert json.loads(out.read_text())["scores"][0]["items"] == 3
