@@ -103,9 +103,9 @@ def test_an_interrupted_run_leaves_no_process_and_nothing_half_written(stop, cod
 
 def test_a_second_run_in_the_same_folder_is_refused_or_waits(write, modelwright):
     path = write(RECIPE)
-    first = modelwright("run", path, "-o", "out", "--set", "steps.slow.with.steps=80")
+    first = modelwright("run", path, "-o", "out", "--set", "steps.slow.with.steps=160")
     wait_for(lambda: list(Path("out").glob("store/*/count.working")))
-    waiting = modelwright("run", path, "-o", "out", "--wait", "--json", "--set", "steps.slow.with.steps=80")
+    waiting = modelwright("run", path, "-o", "out", "--wait", "--json", "--set", "steps.slow.with.steps=160")
     second = modelwright("run", path, "-o", "out")
     _, errors = second.communicate(timeout=120)
     assert second.returncode == 2
