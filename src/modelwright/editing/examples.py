@@ -155,6 +155,19 @@ def check_finite(loss: float, method: str) -> None:
         )
 
 
+def check_keys(values: torch.Tensor) -> None:
+    """Refuses keys, or their products, that are no numbers: the model is ruined, or overflows.
+
+    Raises:
+        DivergedError: One is infinite or not a number.
+    """
+    if not bool(values.isfinite().all()):
+        raise DivergedError(
+            "The model's keys are not finite: it is ruined by earlier edits, or overflows in this dtype (load it in "
+            "float32)."
+        )
+
+
 @contextlib.contextmanager
 def trainable_only(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
     """Lets only some parameters have gradients inside the block, in evaluation mode; then all is as before."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from modelwright.editing.deltas import Delta, Dense, LowRank
+from modelwright.editing.examples import check_keys
 from modelwright.editing.statistics import KeyStatistics
-from modelwright.errors import DivergedError, UserError
+from modelwright.errors import UserError
 
 
 def least_squares(
@@ -77,8 +78,7 @@ def as_delta(u: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, *, transpos
 
 def _solved(gram: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     """Returns rhs · gram⁻¹ for a symmetric positive definite matrix."""
-    if not bool(gram.isfinite().all()):
-        raise DivergedError("The model's keys are not finite: it is ruined, or overflows in this dtype (float32).")
+    check_keys(gram)
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):
         raise UserError(

@@ -30,6 +30,8 @@ _ADAPTER = "default"
 
 @dataclass(kw_only=True)
 class _Adapter(Editor):
+    stronger: ClassVar[str] = "raise steps or rank, or change learning_rate (--set steps=200)"
+
     rank: Annotated[int, Arg("Rank of each adapter.")] = 8
     alpha: Annotated[float, Arg("The adapter's scale (LoRA divides it by the rank).")] = 32.0
     dropout: Annotated[float, Arg("Share of an adapter's inputs that is dropped in training.")] = 0.1
@@ -159,7 +161,6 @@ class LoRA(_Adapter):
     """LoRA: an update of low rank to the query and value projections of all layers."""
 
     name: ClassVar[str] = "lora"
-    stronger: ClassVar[str] = "raise steps or rank, or change learning_rate (--set steps=200)"
 
     def _config(self, targets: list[str], total_steps: int) -> Any:
         from peft import LoraConfig
@@ -185,7 +186,6 @@ class AdaLoRA(_Adapter):
     """
 
     name: ClassVar[str] = "adalora"
-    stronger: ClassVar[str] = "raise steps or rank, or change learning_rate (--set steps=200)"
 
     start_rank: Annotated[int | None, Arg("Rank of each adapter before ranks are shared out; none: no pruning.")] = None
     orthogonality: Annotated[float, Arg("Weight of the term that keeps P and Q orthogonal.")] = 0.5

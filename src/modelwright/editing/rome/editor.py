@@ -11,11 +11,12 @@ import torch
 from modelwright.editing.deltas import LowRank
 from modelwright.editing.edit import WeightEdit
 from modelwright.editing.editor import layer_for
+from modelwright.editing.examples import check_keys
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.locate_and_edit import LocateAndEdit, down_projections, fit_details, key_rows, keys_at
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.target import optimise_targets
-from modelwright.errors import DivergedError, UserError
+from modelwright.errors import UserError
 from modelwright.models.roles import Projection, roles
 from modelwright.options import Arg
 from modelwright.progress import Progress
@@ -97,8 +98,7 @@ class ROME(LocateAndEdit):
         rights = rights / rights.norm(dim=0)
         keys = mean if self.key == "mean" else keys[:, 0].T
         scales = (keys * rights).sum(0)
-        if not bool(keys.isfinite().all()):
-            raise DivergedError("The model's keys are not finite: it is ruined, or overflows in this dtype (float32).")
+        check_keys(keys)
         if bool((scales.abs() < 1e-9 * keys.norm(dim=0)).any()) or not bool(rights.isfinite().all()):
             raise UserError(
                 "The key of a request has no part in the direction of the update: the model gives nothing at the "
