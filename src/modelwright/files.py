@@ -7,8 +7,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,15 @@ def atomic_path(path: str | Path, force: bool = False) -> Iterator[Path]:
         UserError: ``path`` exists and ``force`` is off, or the disk is full or not writable.
     """
     path = check_output(path, force)
+    # Named before it is made: Ctrl-C may come at any moment, also just after a folder came to be.
+    scratch = path.parent / f".{path.name[:80]}.{secrets.token_hex(4)}.partial"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise _disk_error(error, path) from error
-    inside = scratch / path.name
-    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.mkdir()
+        except OSError as error:
+            raise _disk_error(error, path) from error
+        inside = scratch / path.name
         yield inside
         if not inside.exists():
             raise FileNotFoundError(f"nothing was written to {inside}")
@@ -56,17 +58,27 @@ def atomic_path(path: str | Path, force: bool = False) -> Iterator[Path]:
             raise _disk_error(error, path) from error
         raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+        except BaseException as error:  # Ctrl-C in the middle of this
+            shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, OSError):  # rmtree closes a file twice when it is cut at a bad moment
+                raise KeyboardInterrupt from error
+            raise
 
 
 def _replace(new: Path, path: Path, scratch: Path) -> None:
-    # A folder cannot be renamed over a folder that has files in it, so the old one steps aside first and
-    # goes with the scratch folder.
-    if path.is_dir() and not path.is_symlink():
-        path.rename(scratch / "replaced")
-    elif new.is_dir() and path.exists():
-        path.unlink()
-    new.replace(path)
+    old = scratch / "replaced"
+    try:
+        # Nothing can be renamed over a folder that has files in it, nor a folder over a file: the old one steps
+        # aside first and goes with the scratch folder.
+        if (path.is_dir() and not path.is_symlink()) or (new.is_dir() and os.path.lexists(path)):
+            path.rename(old)
+        new.replace(path)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
+        raise
 
 
 def _disk_error(error: OSError, path: Path) -> UserError:

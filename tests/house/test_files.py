@@ -1,4 +1,6 @@
 import errno
+import shutil
+import sys
 
 import pytest
 
@@ -28,6 +30,60 @@ def test_nothing_is_left_after_an_exception_and_the_old_file_is_kept(tmp_path, e
         raise exception
     assert target.read_text() == "old"
     assert leftovers(tmp_path) == []
+
+
+def interrupted_at(moment, function):
+    """Calls a function with Ctrl-C at the nth moment at which Python listens for it; returns whether it came."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        if event in ("call", "c_return"):
+            count += 1
+            if count == moment:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize("old", ["file", "folder", "nothing"])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_ctrl_c_at_any_moment_leaves_the_old_or_the_new_and_nothing_else(tmp_path, old, new):
+    target = tmp_path / "out"
+
+    def put(path, kind, text):
+        if kind == "folder":
+            path.mkdir()
+            path = path / "file"
+        path.write_text(text)
+
+    def write():
+        with atomic_path(target, force=True) as partial:
+            put(partial, new, "new")
+
+    moment = 1
+    while True:
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.unlink(missing_ok=True)
+        if old != "nothing":
+            put(target, old, "old")
+        came = interrupted_at(moment, write)
+        found = target / "file" if target.is_dir() else target
+        assert (found.read_text() if found.exists() else "nothing") in ("new", "nothing" if old == "nothing" else "old")
+        assert leftovers(tmp_path) == [], moment
+        if not came:
+            break
+        moment += 1
+    assert moment > 50
 
 
 @pytest.mark.parametrize("old", ["file", "folder", "nothing"])

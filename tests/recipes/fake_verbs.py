@@ -135,7 +135,8 @@ class Trouble:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         if self.how == "kill":
             print("some words of a library")
-            os.kill(os.getpid(), signal.SIGKILL)
+            with atomic_path(self.output):
+                os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "exit":
             os._exit(7)
         if self.how == "unjsonable":

@@ -204,6 +204,7 @@ def test_a_failing_step_stops_the_rest_and_is_named(how, kind, message, write, e
     if how == "kill":
         log = Path(str(error.value).split("output is in ")[1].rstrip("."))
         assert log.read_text() in ("", "some words of a library\n")
+    assert not list(Path("out").rglob("*.partial"))
     executed()
     run = run_recipe(
         path,

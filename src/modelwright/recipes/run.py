@@ -138,6 +138,9 @@ class _Run:
         finally:
             self._display.close()
             self._pool.close()
+            # A worker that had to be killed could not tidy up after itself.
+            for key in self._work.keys() - self._records.keys():
+                remove_scratch(self._plan.store.step(key))
             self._write(status)
 
     def _loop(self) -> None:
