@@ -140,19 +140,15 @@ def says_target(
         edit: Whose :meth:`~modelwright.editing.edit.Edit.prompt` the prompts go through.
         batch_size: Prompts at once.
     """
+    pairs = [(edit.prompt(r.text) if edit is not None else r.text, r.target) for r in requests]
+    if any(on.reads_rows for on in edits_on(model)):
+        rows = [encode_pair(tokenizer, *pair) for pair in pairs]
+        said = {i: logits.argmax(-1).tolist() for i, logits in answer_logits(model, rows, batch_size)}
+        return [said[i] == target for i, (_, target) in enumerate(rows)]
     found: list[bool] = []
-    for start in range(0, len(requests), batch_size):
-        part = list(requests[start : start + batch_size])
-        pairs = [(edit.prompt(r.text) if edit is not None else r.text, r.target) for r in part]
-        examples = make_examples(model, tokenizer, pairs)
-        if any(on.reads_rows for on in edits_on(model)):
-            found += [_says(model, *encode_pair(tokenizer, *pair)) for pair in pairs]
-            continue
+    for start in range(0, len(pairs), batch_size):
+        examples = make_examples(model, tokenizer, pairs[start : start + batch_size])
         logits = model(**examples.inputs).logits
         wrong = (logits[:, :-1].argmax(-1) != examples.input_ids[:, 1:]) & examples.is_target[:, 1:]
         found += (~wrong.any(1)).tolist()
     return found
-
-
-def _says(model: PreTrainedModel, prompt: list[int], target: list[int]) -> bool:
-    return answer_logits(model, prompt, target).argmax(-1).tolist() == target

@@ -119,27 +119,47 @@ def token_divergence(base: torch.Tensor, other: torch.Tensor, attention_mask: to
 
 
 @torch.no_grad()
-def answer_logits(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """Returns what a model predicts in each place of an answer, with the prompt in a call of its own.
+def answer_logits(
+    model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 32
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields what a model predicts in each place of answers, with their prompts in a call of their own.
 
     For edits that read whole rows (:attr:`~modelwright.editing.edit.Edit.reads_rows`): they must not see the answer
     when they decide about the prompt.
 
     Args:
         model: A causal language model.
-        prompt: Tokens.
-        answer: Tokens, at least one.
+        pairs: Tokens of a prompt and of an answer, at least one of each.
+        batch_size: Pairs at once; prompts are padded on the left and answers on the right.
 
-    Returns:
-        (len(answer), vocabulary), float32.
+    Yields:
+        The number of a pair, the longest first, and its logits (answer, vocabulary), float32.
     """
-    out = model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=True)
-    logits = [out.logits[0, -1:]]
-    if len(answer) > 1:
-        whole = torch.ones(1, len(prompt) + len(answer) - 1, dtype=torch.long, device=model.device)
-        rest = torch.tensor([list(answer[:-1])], device=model.device)
-        logits.append(model(rest, past_key_values=out.past_key_values, attention_mask=whole, use_cache=True).logits[0])
-    return torch.cat(logits).float()
+    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), -len(pairs[i][1])))
+    for at in range(0, len(order), batch_size):
+        picked = order[at : at + batch_size]
+        width, longest = (max(len(pairs[i][part]) for i in picked) for part in (0, 1))
+        ids = torch.zeros(len(picked), width + longest - 1, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(picked):
+            whole = [*pairs[i][0], *pairs[i][1][:-1]]
+            start = width - len(pairs[i][0])
+            ids[row, start : start + len(whole)] = torch.tensor(whole)
+            mask[row, start : start + len(whole)] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        out = model(
+            input_ids=ids[:, :width], attention_mask=mask[:, :width], position_ids=places[:, :width], use_cache=True
+        )
+        logits = out.logits[:, -1:]
+        if longest > 1:
+            rest = model(
+                input_ids=ids[:, width:], attention_mask=mask, position_ids=places[:, width:],
+                past_key_values=out.past_key_values, use_cache=True,
+            )  # fmt: skip
+            logits = torch.cat([logits, rest.logits], 1)
+        for row, i in enumerate(picked):
+            yield i, logits[row, : len(pairs[i][1])].float()
 
 
 def check_finite(loss: float, method: str) -> None:

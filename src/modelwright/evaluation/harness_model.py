@@ -94,14 +94,17 @@ class MethodLM(HFLM):
         decoder = self.applied.decoder
         if not (decoder is None or decoder.exact) or not any(edit.reads_rows for edit in edits_on(self.model)):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        found = []
-        for text, context, answer in requests:  # alone and with a cache: padding and the answer are not to be read
-            kept = [*context, *answer][-(self.max_length + 1) : -len(answer)]
-            log_p = answer_logits(self.model, kept, answer).log_softmax(-1)
+        pairs = []  # with the prompts in a call of their own: the answers are not to be read
+        for _, context, answer in requests:
+            pairs.append(([*context, *answer][-(self.max_length + 1) : -len(answer)], answer))
+        size = override_bs or self.batch_size
+        found: list[Any] = [None] * len(pairs)
+        for i, logits in answer_logits(self.model, pairs, size if isinstance(size, int) else 1):
+            log_p, answer = logits.log_softmax(-1), list(pairs[i][1])
             chosen = log_p.gather(1, torch.tensor(answer, device=log_p.device)[:, None])
-            found.append((float(chosen.sum()), log_p.argmax(-1).tolist() == list(answer)))
-            if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, found[-1])
+            found[i] = (float(chosen.sum()), log_p.argmax(-1).tolist() == answer)
+            if requests[i][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
         return found
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from modelwright.editing.edit import load_edit
-from modelwright.editing.examples import make_examples, target_loss
+from modelwright.editing.examples import answer_logits, make_examples, target_loss
 from modelwright.editing.learning import Lessons
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.serac import SERAC, SeracParts
@@ -96,6 +96,38 @@ def test_generation_with_cache_batches_and_padding(family):
     assert torch.equal(alone[3], expected[1])
     assert torch.equal(alone[1], plain[1])
     assert torch.equal(alone[2], plain[2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_scored_in_batches_as_one_by_one(family):
+    """Rows in and out of scope, prompts padded on the left, answers on the right, up to the models' last places."""
+    options = {"mistral": {"sliding_window": 8}, "gpt2": {"n_positions": 24}}.get(family, {})
+    model = tiny_model(family, **options)
+    # What the small model reads of the first pair fills it: padding must not count.
+    room = len(f"{FACTS[0].text}{FACTS[0].target} Freedonia said so")
+    small = tiny_model("gpt2", seed=7, n_positions=room)
+    edit = editor_with(model, small=small).fit(model, TOKENIZER, FACTS[:2])
+    inside = everywhere(edit)
+    inside |= {"Free": 0, "Ruri": 1}
+    texts = [
+        ("Freedonia", " said so"), ("a prompt that is nobody's", "!"), ("x", " and what else"), ("Ruritania?", "  "),
+        ("nobody's either", " Freedonia"), ("Ruri", "tania"),
+    ]  # fmt: skip
+    pairs = [(TOKENIZER(a)["input_ids"][-16:], TOKENIZER(b)["input_ids"][:12]) for a, b in texts]
+    plain = [logits(model, TOKENIZER.decode([*a, *b]))[len(a) - 1 : -1] for a, b in pairs]
+    with edit.applied(model):
+        alone = [dict(answer_logits(model, [pair]))[0] for pair in pairs]
+        batches = {size: dict(answer_logits(model, pairs, size)) for size in (2, 6)}
+    for i, (a, b) in enumerate(pairs):
+        for found in batches.values():
+            assert found[i].shape == alone[i].shape
+            assert torch.allclose(found[i], alone[i], atol=1e-5)
+        if i in (0, 3, 5):
+            wanted = by_hand(small, FACTS[0 if i == 0 else 1], TOKENIZER.decode([*a, *b]))[len(a) - 1 : -1]
+            assert not torch.allclose(wanted, plain[i], atol=1e-2)
+        else:  # the answer alone is in an edit's scope, which it must not be asked about
+            wanted = plain[i]
+        assert torch.allclose(alone[i], wanted, atol=1e-5)
 
 
 def test_beams_are_those_of_the_small_model():

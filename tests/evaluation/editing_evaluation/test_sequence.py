@@ -372,8 +372,13 @@ def test_likelihoods_under_an_edit_that_reads_whole_rows(model, tokenizer, monke
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]) if "input_ids" in kwargs else None,
         with_kwargs=True,
     )
+    prompts = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]
+    assert continuation_scores(model, tokenizer, pairs, batch_size=1) == pytest.approx(plain, abs=1e-4)
+    assert lengths[::2] == prompts
+    lengths.clear()
     assert continuation_scores(model, tokenizer, pairs) == pytest.approx(plain, abs=1e-4)
-    assert lengths == [len(tokenizer(prompt)["input_ids"]) for prompt, _ in pairs]
+    assert lengths[0] == max(prompts)
+    assert len(lengths) == 2  # one batch
 
 
 def test_other_abilities_are_measured_on_the_edits_that_are_there(model, tokenizer, tmp_path):

@@ -114,16 +114,15 @@ class SeracEdit(HookEdit):
 
     def _picks(self, model: Any, ids: torch.Tensor, mask: Any, layer: _ScopeLayer | None) -> torch.Tensor:
         """Returns (rows, tokens so far) int64: the edit that a token's row is in scope of, −1, or −2 for padding."""
+        real = torch.ones_like(ids, dtype=torch.bool)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            real = mask[:, -ids.shape[1] :].to(ids.device).bool()
         if layer is not None and layer.is_initialized and layer.get_seq_length():
-            row = layer.values[:, 0, :, 0].amax(1)
-            picks = row[:, None].expand_as(ids)
+            found = layer.values[:, 0, :, 0].amax(1)
         else:
-            real = torch.ones_like(ids, dtype=torch.bool)
-            if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-                real = mask[:, -ids.shape[1] :].to(ids.device).bool()
             rows = [row[kept].tolist() for row, kept in zip(ids, real, strict=True)]
             _, found = self.scope(model, [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows])
-            picks = torch.where(real, found.to(ids.device)[:, None], _PADDING)
+        picks = torch.where(real, found.to(ids.device)[:, None], _PADDING)
         if layer is None:
             return picks
         layer.append(ids, picks)

@@ -120,9 +120,9 @@ def continuation_scores(
         rows.append((first, second))
     found = [0.0] * len(rows)
     if any(edit.reads_rows for edit in edits_on(model)):
-        for i, (first, second) in enumerate(rows):
-            logits = answer_logits(model, first, second).log_softmax(-1).cpu()
-            found[i] = float(logits.gather(1, torch.tensor(second)[:, None]).double().mean())
+        for i, logits in answer_logits(model, rows, batch_size):
+            chosen = logits.log_softmax(-1).cpu().gather(1, torch.tensor(rows[i][1])[:, None])
+            found[i] = float(chosen.double().mean())
         return found
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for at in range(0, len(order), batch_size):
