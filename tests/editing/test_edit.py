@@ -6,7 +6,7 @@ from torch import nn
 
 from modelwright.editing import Edit, EditRequest, WeightEdit, load_edit, revert_all
 from modelwright.editing.deltas import Columns, Dense, LowRank, join
-from modelwright.editing.edit import HookEdit, base_fingerprint, edits_on, merge, unedited
+from modelwright.editing.edit import HookEdit, base_fingerprint, edits_on, fold, merge, unedited
 from modelwright.editing.fingerprint import checksum, model_fingerprint, sample
 from modelwright.errors import UserError
 from modelwright.models.tiny import tiny_model
@@ -259,6 +259,59 @@ def test_merged_it_adds_what_the_stack_adds():
     assert same(before, bits(model))
     with pytest.raises(UserError, match="can be merged"):
         merge([])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_edits_have_the_bits_that_they_made(dtype, tmp_path):
+    """Two at one weight and one at another, above one that stays; folded again with a further one."""
+    model = tiny_model("llama").to(dtype)
+    other = NAME.replace("down", "up")
+    bare = bits(model)
+    low_rank(model, seed=9).apply_(model)
+    before = bits(model)
+    for seed, name in enumerate((NAME, NAME, other)):
+        low_rank(model, seed=seed, name=name).apply_(model)
+    wanted = bits(model)
+    edit = fold(model, 3)
+    assert same(wanted, bits(model))
+    assert edits_on(model)[1:] == [edit]
+    assert edit.holds(edit)
+    assert not low_rank(model).holds(edit)
+    assert not edit.holds(low_rank(model, name=NAME.replace("layers.1", "layers.0")))
+    changes = {n: float((wanted[n].float() - bare[n].float()).norm()) for n in (NAME, other)}
+    assert edit.norms() == pytest.approx(changes, rel=1e-5)
+    low_rank(model, seed=5).apply_(model)
+    further = bits(model)
+    again = fold(model, 2)
+    revert_all(model, keep=1)
+    assert same(before, bits(model))
+    for number, (folded, expected) in enumerate([(edit, wanted), (again, further)]):
+        folded.save(tmp_path / str(number))
+        with load_edit(tmp_path / str(number)).applied(model):
+            assert same(expected, bits(model))
+        assert same(before, bits(model))
+    again.apply_(model)
+    with pytest.raises(UserError, match="topmost 3 edits are not all"):
+        fold(model, 3)
+    revert_all(model)
+    assert same(bare, bits(model))
+    with pytest.raises(UserError, match="fitted on a model with fingerprint"):
+        again.apply_(model)
+
+
+def test_a_ruined_weight_is_folded_as_it_is(tmp_path):
+    model = tiny_model("llama")
+    before = bits(model)
+    huge = Dense(torch.full(before[NAME].shape, 3e38))
+    for _ in range(2):
+        WeightEdit("test", model_fingerprint(model, whole=[NAME]), {NAME: huge}).apply_(model)
+    wanted = bits(model)
+    assert wanted[NAME].isinf().any()
+    fold(model, 2).save(tmp_path / "a")
+    revert_all(model)
+    with load_edit(tmp_path / "a").applied(model):
+        assert same(wanted, bits(model))
+    assert same(before, bits(model))
 
 
 def test_hooks_go_on_and_off():

@@ -1,4 +1,4 @@
-"""What is added to a weight: factors of low rank, some columns, or a whole tensor."""
+"""What is added to a weight: factors of low rank, some columns, or a whole tensor; or what stands in its place."""
 
 from __future__ import annotations
 
@@ -141,6 +141,41 @@ class Dense(Delta):
         return {"form": "dense"}, {"values": self.values}
 
 
+@dataclass(frozen=True, eq=False)
+class Replacement(Delta):
+    """A weight as it was after several additions, whose sum has other bits for its rounding.
+
+    Attributes:
+        values: What the weight becomes, whatever it was.
+        change: Frobenius norm of the difference from what it was.
+    """
+
+    values: torch.Tensor
+    change: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """See :class:`Delta`."""
+        return self.values.shape
+
+    def norm(self) -> float:
+        """See :class:`Delta`."""
+        return self.change
+
+    def is_finite(self) -> bool:
+        """See :class:`Delta`; a model may have been ruined, and is kept as it was."""
+        return True
+
+    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """See :class:`Delta`."""
+        return self.values.to(weight.device, weight.dtype)
+
+    def to_tensors(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """See :class:`Delta`."""
+        change = torch.tensor(self.change, dtype=torch.float64)  # not in JSON, which has no infinity
+        return {"form": "replacement"}, {"values": self.values, "change": change}
+
+
 def from_tensors(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Delta:
     """Makes a delta of what :meth:`Delta.to_tensors` returned.
 
@@ -154,6 +189,8 @@ def from_tensors(described: Mapping[str, Any], tensors: Mapping[str, torch.Tenso
         return Columns(tensors["index"], tensors["values"], described["inputs"], described["transposed"])
     if form == "dense":
         return Dense(tensors["values"])
+    if form == "replacement":
+        return Replacement(tensors["values"], float(tensors["change"]))
     raise ValueError(f"unknown form of a delta: {form}")
 
 

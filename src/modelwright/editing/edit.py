@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from modelwright import catalog, files
-from modelwright.editing.deltas import Delta, from_tensors, join
+from modelwright.editing.deltas import Delta, Dense, Replacement, from_tensors, join
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest
 from modelwright.errors import DivergedError, UserError
@@ -144,6 +144,13 @@ class Edit(ABC):
     def prompt(self, question: str) -> str:
         """Returns what to ask the model instead of a question: the same, unless the edit lives in the prompt."""
         return question
+
+    def holds(self, other: Edit) -> bool:
+        """Whether this edit alone does what it does with another below it: it was fitted on that and took it in.
+
+        Edits that hold themselves are of the kind that takes in what came before.
+        """
+        return False
 
     def found_on(self, model: nn.Module) -> str:
         """Returns the fingerprint that a model has now; this edit's own, if it fits."""
@@ -336,6 +343,16 @@ class WeightEdit(Edit):
                     f"singular (more text, a larger ridge or a smaller learning rate may help)."
                 )
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it adds to every number of a weight, so that it is as large as the weight."""
+        return any(isinstance(delta, Dense) for delta in self.deltas.values())
+
+    def holds(self, other: Edit) -> bool:
+        """See :meth:`Edit.holds`; true of what :func:`fold` made."""
+        kept = [name for name, delta in self.deltas.items() if isinstance(delta, Replacement)]
+        return isinstance(other, WeightEdit) and set(other.deltas) <= set(kept)
+
     def norms(self) -> dict[str, float]:
         """Returns the Frobenius norm of what is added to each parameter."""
         return {name: delta.norm() for name, delta in self.deltas.items()}
@@ -411,6 +428,36 @@ def merge(edits: Sequence[WeightEdit]) -> WeightEdit:
     details = {"merged": [edit.details for edit in edits]}
     requests = [request for edit in edits for request in edit.requests]
     return WeightEdit("+".join(methods), edits[0].fingerprint, deltas, requests, details, edits[0].touched)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, number: int) -> WeightEdit:
+    """Puts one edit in the place of the topmost ones on a model: it keeps the weights that they made, to the last bit.
+
+    For many edits of whole weights, which are as large as that each. The model is not changed.
+
+    Args:
+        model: The model.
+        number: How many edits are to be one.
+
+    Raises:
+        UserError: Fewer are on the model, or one of them changes no weights.
+    """
+    inner = unwrap(model)
+    top = edits_on(model)[-number:]
+    if len(top) != number or not all(isinstance(edit, WeightEdit) for edit in top):
+        raise UserError(f"The topmost {number} edits are not all of the kind that adds to weights: they stay apart.")
+    stack, parameters = _stacks[inner], dict(inner.named_parameters())
+    deltas: dict[str, Delta] = {}
+    for name in dict.fromkeys(name for edit in top if isinstance(edit, WeightEdit) for name in edit.deltas):
+        values = parameters[name].detach()
+        change = float((values.float() - stack.originals[name].float()).norm())
+        deltas[name] = Replacement(values.to("cpu", copy=True), change)
+    methods = "+".join(dict.fromkeys(edit.method for edit in top))
+    requests = [request for edit in top for request in edit.requests]
+    edit = WeightEdit(methods, top[0].fingerprint, deltas, requests, top[-1].details, top[0].touched)
+    stack.edits[-number:] = [edit]
+    return edit
 
 
 def check_editable(model: nn.Module, name: str) -> None:

@@ -1,24 +1,30 @@
 """A sequence of edits comes off to the last bit, resumes with the same bits, and says what it did to the model."""
 
+import errno
 import itertools
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 
-from modelwright.editing.edit import edits_on
+from modelwright import files
+from modelwright.editing.edit import edits_on, load_edit
 from modelwright.editing.editor import make_editor
 from modelwright.editing.ice import ContextEdit
 from modelwright.editing.requests import EditRequest
 from modelwright.errors import DivergedError, UserError
 from modelwright.evaluation.asking import SHORT, Layout
 from modelwright.evaluation.editing_evaluation import SequentialEditing, collapsed, world_tasks
+from modelwright.evaluation.editing_evaluation import sequence as sequence_module
 from modelwright.evaluation.editing_evaluation.abilities import continuation_scores, facts_to_keep
 from modelwright.evaluation.editing_evaluation.neutral import Neutral
 from modelwright.evaluation.editing_evaluation.sequence import State, retained
 from modelwright.evaluation.editors import laid_out
 from modelwright.models.tiny import byte_tokenizer, tiny_model
+from modelwright.progress import Silent
 
 LAYOUT = Layout(kind="raw", new_tokens=6)
 NEUTRAL = ["The rain had stopped by the time we reached the village.", "To make the dough, mix flour and water."]
@@ -88,7 +94,11 @@ def test_a_killed_sequence_goes_on_with_the_same_bits(model, tokenizer, tmp_path
     for _ in itertools.islice(cut, 2):  # killed while the second state was being looked at
         pass
     cut.restore()
-    assert (tmp_path / "b" / "edits" / "00002").is_dir()
+    # Of whole weights and memories there is a state for each checkpoint and the last one.
+    kept = {"a": ["00001", "00003", "00004"], "b": ["00001", "00003"]}
+    for name, numbers in kept.items():
+        assert sorted(path.name for path in (tmp_path / name / "states").iterdir()) == numbers
+        assert not (tmp_path / name / "edits").exists()
     fresh = tiny_model("llama")
     again = sequence(fresh, tokenizer, folder=tmp_path / "b", **options)
     seen = []
@@ -102,6 +112,115 @@ def test_a_killed_sequence_goes_on_with_the_same_bits(model, tokenizer, tmp_path
     again.restore()
     # All is there: nothing is measured again.
     assert sequence(fresh, tokenizer, folder=tmp_path / "b", **options).run() == measured
+
+
+def test_factors_are_kept_edit_by_edit(model, tokenizer, tmp_path):
+    options = {"editor": make_editor("rome", {"layer": 0, "steps": 2}), "checkpoints": [1, 3]}
+    expected = []
+    for _ in (run := sequence(model, tokenizer, folder=tmp_path / "a", **options)):
+        expected.append(weights(model))
+    assert len(run._edits) == 3
+    run.restore()
+    assert [path.name for path in sorted((tmp_path / "a" / "edits").iterdir())] == ["00000", "00001", "00002"]
+    assert not (tmp_path / "a" / "states").exists()
+    shutil.rmtree(tmp_path / "a" / "edits" / "00002")
+    again = sequence(model, tokenizer, folder=tmp_path / "a", **options)
+    again._write_up_to(3, Silent())
+    assert same(expected[1], weights(model))
+    again.restore()
+
+
+@pytest.fixture(params=["ft-m", "grace"])
+def growing(request, tokenizer, tmp_path):
+    """A sequence of one of the editors whose edits take in those before; returns what it left. In bfloat16, where what
+    is added and the sums round differently."""
+    rate = 0.05 if request.param == "ft-m" else 0.5
+    made = make_editor(request.param, {"layer": 1, "learning_rate": rate, "steps": 4})
+    model = tiny_model("llama").to(torch.bfloat16)
+    before = weights(model)
+
+    def run_through(folder):
+        run = sequence(model, tokenizer, folder=folder, editor=made, checkpoints=[1, 4])
+        try:
+            for _ in run:
+                ends, logits = weights(model), model(torch.arange(9)[None]).logits
+        finally:
+            run.restore()
+            assert same(before, weights(model))
+        return run.states, ends, logits
+
+    run_through.whole = run_through(tmp_path / "whole")
+    return run_through
+
+
+def failing(real, when, error, counts=lambda *args: True):
+    calls = itertools.count(1)
+
+    def call(*args, **keys):
+        if counts(*args) and next(calls) == when:
+            raise error
+        return real(*args, **keys)
+
+    return call
+
+
+@pytest.mark.parametrize("when", [1, 2, 3, 4])
+@pytest.mark.parametrize("moment", ["saving", "replacing", "forgetting"])
+def test_a_kill_or_a_full_disk_at_any_moment_leaves_what_is_needed(growing, tmp_path, monkeypatch, moment, when):
+    folder = tmp_path / "cut"
+    full, killed = OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()
+
+    def is_state(path):
+        if found := Path(path).parent.name == "states" and Path(path).name.isdigit():
+            (Path(path) / "edit.json").rename(Path(path) / "gone")  # killed with half of it removed
+        return found
+
+    with monkeypatch.context() as patched:
+        if moment == "saving":
+            patched.setattr("safetensors.torch.save_file", failing(save_file, when, full))
+        elif moment == "replacing":
+            patched.setattr(files, "_replace", failing(files._replace, when, killed))
+        else:
+            patched.setattr(sequence_module.shutil, "rmtree", failing(shutil.rmtree, min(when, 2), killed, is_state))
+        if moment == "saving":
+            with pytest.raises(UserError, match="disk is full"):
+                growing(folder)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                growing(folder)
+    (folder / "states" / ".00003.0123abcd.partial").mkdir(parents=True, exist_ok=True)  # what SIGKILL leaves
+    states, ends, logits = growing(folder)
+    assert states == growing.whole[0]
+    assert same(ends, growing.whole[1])
+    assert torch.equal(logits, growing.whole[2])
+    assert sorted(path.name for path in (folder / "states").iterdir()) == ["00001", "00004"]
+
+
+def test_whole_weights_take_the_room_of_the_checkpoints_and_the_last_state_goes_on_by_itself(
+    model, tokenizer, tmp_path
+):
+    def size(folder):
+        return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+    run = sequence(model, tokenizer, folder=tmp_path / "a", checkpoints=[4])
+    sizes = []
+    for n in range(1, 5):
+        run._write_up_to(n, Silent())
+        sizes.append(size(tmp_path / "a"))
+        assert len(edits_on(model)) == 1
+    assert len(set(sizes)) == 1
+    expected = weights(model)
+    run.restore()
+    edit = load_edit(tmp_path / "a" / "states" / "00004")
+    assert edit.requests == tuple(REQUESTS)
+    before = weights(model)
+    with edit.applied(model):
+        assert same(expected, weights(model))
+    assert same(before, weights(model))
+    change = torch.stack([(a - b).norm() for a, b in zip(expected, before)])
+    assert sum(edit.norms().values()) == pytest.approx(float(change.sum()), rel=1e-5)
+    with pytest.raises(UserError, match="was fitted on a model with fingerprint"):
+        edit.apply_(tiny_model("llama", seed=3))
 
 
 def test_an_editor_that_cannot_be_saved_is_refused_where_edits_are_kept(model, tokenizer, tmp_path):
@@ -137,7 +256,9 @@ def test_a_folder_of_another_sequence_is_refused(model, tokenizer, tmp_path):
 
 
 def test_a_batch_is_one_fit(model, tokenizer):
-    run = sequence(model, tokenizer, batch_size=2, checkpoints=[2, 4])
+    run = sequence(
+        model, tokenizer, batch_size=2, checkpoints=[2, 4], editor=make_editor("rome", {"layer": 0, "steps": 2})
+    )
     for state in run:
         assert len(state.edits) == state.n // 2
         assert [len(edit.requests) for edit in state.edits] == [2] * len(state.edits)
@@ -305,7 +426,7 @@ def test_edits_of_an_unknown_run_are_not_taken_for_this_ones(model, tokenizer, t
     sequence(model, tokenizer, **options).run()
     (tmp_path / "a" / "sequence.json").unlink()
     sequence(model, tokenizer, **{**options, "checkpoints": [1]}).run()
-    assert [path.name for path in (tmp_path / "a" / "edits").iterdir()] == ["00000"]
+    assert [path.name for path in (tmp_path / "a" / "states").iterdir()] == ["00001"]
 
 
 CHAT = (
@@ -388,9 +509,9 @@ def test_other_abilities_are_measured_on_the_edits_that_are_there(model, tokeniz
     assert sequence(model, tokenizer, **options, editor=never(tokenizer)).run(tasks[2]) == first
     lengths = []
     second = sequence(model, tokenizer, **options, editor=never(tokenizer)).run(
-        {**tasks[3], "edits": lambda state: lengths.append(len(state.edits))}
+        {**tasks[3], "edits": lambda state: lengths.append([len(edit.requests) for edit in state.edits])}
     )
-    assert lengths == [0, 1, 2]  # put on again one by one
+    assert lengths == [[], [1], [2]]
     assert [s["retention"] for s in second] == [s["retention"] for s in first]
     assert tasks[2]["arithmetic"].identity != tasks[3]["arithmetic"].identity
 

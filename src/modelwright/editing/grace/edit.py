@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from modelwright.editing.edit import HookEdit, edits_on
+from modelwright.editing.edit import Edit, HookEdit, edits_on
 from modelwright.editing.grace.codebook import Codebook, Entry
 from modelwright.editing.grace.replace import Rule, find_records, last_real, replace_outputs
 from modelwright.editing.mlp import down_projection
@@ -66,9 +66,11 @@ class GraceEdit(HookEdit):
         self.codebook.delete(name)
         self.requests = tuple(r for r in self.requests if entry_id(r) != name)
 
-    def holds(self, other: GraceEdit) -> bool:
+    def holds(self, other: Edit) -> bool:
         """Whether this codebook has all edits of another one, for the same layer."""
-        if self.layer != other.layer or len(self.codebook.entries) < len(other.codebook.entries):
+        if not isinstance(other, GraceEdit) or self.layer != other.layer:
+            return False
+        if len(self.codebook.entries) < len(other.codebook.entries):
             return False
         return all(
             mine.id == theirs.id and torch.equal(mine.key, theirs.key)
@@ -79,7 +81,7 @@ class GraceEdit(HookEdit):
         """Whether an edit above this one on the model has all that it has."""
         on = edits_on(model)
         place = next((i for i, edit in enumerate(on) if edit is self), len(on))
-        return any(isinstance(edit, GraceEdit) and edit.holds(self) for edit in on[place + 1 :])
+        return any(edit.holds(self) for edit in on[place + 1 :])
 
     def _hook(self, model: nn.Module) -> list[RemovableHandle]:
         projection = down_projection(model, self.layer)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicLayer
 
-from modelwright.editing.edit import HookEdit, edits_on
+from modelwright.editing.edit import Edit, HookEdit, edits_on
 from modelwright.editing.requests import EditRequest
 from modelwright.editing.serac.parts import SeracParts
 from modelwright.errors import UserError
@@ -68,9 +68,11 @@ class SeracEdit(HookEdit):
         best, index = self.parts.scores(model, self.tokenizer, texts, self.requests, self.memory).max(1)
         return best, torch.where(best > self.threshold, index, _NONE)
 
-    def holds(self, other: SeracEdit) -> bool:
+    def holds(self, other: Edit) -> bool:
         """Whether this memory has all edits of another one that has the same parts."""
-        return self.parts.identity == other.parts.identity and self.requests[: len(other.requests)] == other.requests
+        if not isinstance(other, SeracEdit) or self.parts.identity != other.parts.identity:
+            return False
+        return self.requests[: len(other.requests)] == other.requests
 
     def _hook(self, model: nn.Module) -> list[RemovableHandle]:
         return [model.register_forward_hook(self._answer, with_kwargs=True)]
@@ -79,7 +81,7 @@ class SeracEdit(HookEdit):
     def _answer(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         on = edits_on(model)
         place = next((i for i, edit in enumerate(on) if edit is self), len(on))
-        continued = any(isinstance(edit, SeracEdit) and edit.holds(self) for edit in on[place + 1 :])
+        continued = any(edit.holds(self) for edit in on[place + 1 :])
         if continued or not self.requests:
             return None
         ids = kwargs.get("input_ids", args[0] if args else None)

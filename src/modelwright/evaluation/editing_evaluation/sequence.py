@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modelwright.editing.edit import Edit, WeightEdit, edits_on, load_edit, revert_all
+from modelwright.editing.edit import Edit, WeightEdit, edits_on, fold, load_edit, revert_all
 from modelwright.editing.editor import Editor
 from modelwright.editing.fingerprint import model_fingerprint
 from modelwright.editing.requests import EditRequest, check_requests
@@ -43,7 +43,7 @@ class State:
     Attributes:
         n: Requests written so far.
         model: The model with the edits on it; whatever is measured is measured on it.
-        edits: The edits, lowest first.
+        edits: The edits, lowest first; what takes in those before it (memories, and whole weights) stands alone.
         requests: The requests written so far.
         delta_norms: Parameter to ||W − W0|| / ||W0||, Frobenius; None where that is not finite.
         measured: What was recorded; starts with what the run itself measures.
@@ -77,8 +77,10 @@ class SequentialEditing:
     """Writes requests in their order and stops at checkpoints; iterate it for the states.
 
     With a ``folder``, each edit is saved as it is made: the same call after a kill puts them on again, in their order,
-    and goes on with the same bits as if it had not been killed. States that were measured are not yielded again;
-    all are in ``states``. Key statistics inside an editor stay those of the base model, as in the paper's runs.
+    and goes on with the same bits as if it had not been killed. Where an edit takes in those before it, only the last
+    one and those of the checkpoints are kept: edits of whole weights (fine-tuning) are folded into one, and memories
+    (GRACE, SERAC) grow. States that were measured are not yielded again; all are in ``states``. Key statistics inside
+    an editor stay those of the base model, as in the paper's runs.
 
     Attributes:
         model: A causal language model in evaluation mode; :meth:`restore` gives it its first bits again.
@@ -131,7 +133,7 @@ class SequentialEditing:
             self.editor.check(self.requests[: points[-1]])
         if uneven := [n for n in points if n % self.batch_size]:
             raise UserError(f"Checkpoint {uneven[0]} is no multiple of the batch of {self.batch_size} requests.")
-        self._done = 0
+        self._written = 0  # fits that the model has
         self._measures: dict[str, str] = {}
         self._edits: list[Edit] = []
         self._originals: dict[str, torch.Tensor] = {}
@@ -151,7 +153,7 @@ class SequentialEditing:
         self.states = []
         for checkpoint in self.checkpoints:
             failure = self._write_up_to(checkpoint, progress)
-            n = min(checkpoint, len(self._edits) * self.batch_size)
+            n = min(checkpoint, self._written * self.batch_size)
             if self.states and self.states[-1]["n"] == n:
                 pass  # nothing more could be written
             elif n in measured:
@@ -172,10 +174,11 @@ class SequentialEditing:
         Raises:
             UserError: The editor refuses a request, or the model as it is.
         """
-        while (at := len(self._edits) * self.batch_size) < n:
-            if (number := len(self._edits)) < self._done:
-                self._put_on(load_edit(self._edit_folder(number)))
-                progress.advance(self.batch_size)
+        while (at := self._written * self.batch_size) < n:
+            if (kept := self._kept_towards(n // self.batch_size)) is not None:
+                folder, written = kept
+                self._put_on(load_edit(folder), written)
+                progress.advance(self._written * self.batch_size - at)
                 continue
             try:
                 edit = self.editor.fit(self.model, self.tokenizer, self.requests[at : at + self.batch_size])
@@ -184,9 +187,8 @@ class SequentialEditing:
                     raise
                 progress.message(f"{self.editor.name}: {error}")
                 return "no further fact could be written, for its numbers were not finite"
-            if self.folder is not None:
-                edit.save(self._edit_folder(number), force=True)
-            self._put_on(edit)
+            self._put_on(edit, self._written + 1)
+            self._save_last()
             progress.advance(self.batch_size)
         return None
 
@@ -195,7 +197,7 @@ class SequentialEditing:
         if self._edits and edits_on(self.model)[-1] is not self._edits[-1]:
             self._edits[-1].revert_(self.model)  # says what is in the way
         revert_all(self.model, keep=len(edits_on(self.model)) - len(self._edits))
-        self._edits, self._originals = [], {}
+        self._edits, self._originals, self._written = [], {}, 0
 
     def run(self, abilities: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Goes through all states, measures, restores the model, and returns the measurements.
@@ -223,13 +225,18 @@ class SequentialEditing:
         """Saves the states' measurements as ``states.json`` in a folder."""
         write_json(Path(folder) / "states.json", {"plan": self._plan(), "states": self.states}, force)
 
-    def _put_on(self, edit: Edit) -> None:
+    def _put_on(self, edit: Edit, written: int) -> None:
+        while self._edits and edit.holds(self._edits[-1]):
+            self._edits.pop().revert_(self.model)
         if isinstance(edit, WeightEdit):
             parameters = dict(unwrap(self.model).named_parameters())
             for name in edit.deltas:
                 self._originals.setdefault(name, parameters[name].detach().clone())
         edit.apply_(self.model)
         self._edits.append(edit)
+        self._written = written
+        if isinstance(edit, WeightEdit) and edit.is_whole:
+            self._edits = [fold(self.model, len(self._edits))]
 
     def _state(self, n: int, neutral: Neutral) -> State:
         parameters = dict(unwrap(self.model).named_parameters())
@@ -276,9 +283,34 @@ class SequentialEditing:
             "layout": asdict(self._layout),
         }
 
-    def _edit_folder(self, number: int) -> Path:
+    def _save_last(self) -> None:
+        """Saves the last edit, and forgets those that it has taken in unless a checkpoint is measured on them."""
+        if self.folder is None:
+            return
+        edit = self._edits[-1]
+        if len(self._edits) > 1 or not edit.holds(edit):
+            edit.save(self.folder / "edits" / f"{self._written - 1:05d}", force=True)
+            return
+        edit.save(self.folder / "states" / f"{self._written:05d}", force=True)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Removes states that are neither the last nor a checkpoint's, and what a kill left of one being written."""
         assert self.folder is not None
-        return self.folder / "edits" / f"{number:05d}"
+        states = sorted((self.folder / "states").glob("[0-9]*"), key=lambda path: int(path.name))
+        gone = [path for path in states[:-1] if int(path.name) * self.batch_size not in self.checkpoints]
+        for path in [*gone, *self.folder.glob("*/.*.partial")]:
+            shutil.rmtree(path)
+
+    def _kept_towards(self, number: int) -> tuple[Path, int] | None:
+        """Returns the folder of an edit that leads towards a number of fits, and how many the model has with it."""
+        if self.folder is None:
+            return None
+        for written in range(number, self._written, -1):
+            if (state := self.folder / "states" / f"{written:05d}").is_dir():
+                return state, written
+        one = self.folder / "edits" / f"{self._written:05d}"
+        return (one, self._written + 1) if one.is_dir() else None
 
     def _left(self) -> dict[str, Any] | None:
         """Returns what an earlier run of the same plan left in the folder, if there is anything.
@@ -300,21 +332,20 @@ class SequentialEditing:
         return None
 
     def _reopen(self) -> None:
-        """Reads what an earlier run left: its states, and how many edits there are."""
-        self._done = 0
+        """Reads the measurements that an earlier run left, or throws away what is not known to be of this one."""
         if self.folder is None:
             return
         kept = self._left()
         self._plan_kept = {**self._plan(), "model": model_fingerprint(self.model)}
         if kept is None:
             # Edits of which nothing is known: those of this run are told apart by their numbers alone.
-            shutil.rmtree(self.folder / "edits", ignore_errors=True)
+            for name in ("edits", "states"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
             self._keep()
             return
+        self._forget()
         if kept.get("measures", {}) == self._measures:
             self.states = kept["states"]
-        while self._done * self.batch_size < self.checkpoints[-1] and self._edit_folder(self._done).is_dir():
-            self._done += 1
 
     def _keep(self) -> None:
         if self.folder is not None:
