@@ -89,6 +89,17 @@ def test_the_neurons_columns_get_the_embeddings(family):
     assert all(torch.equal(layer.down.weight(), w) for layer, w in zip(roles(model).layers, before))
 
 
+def test_the_heads_rows_are_written_where_they_are_asked_for():
+    model = louder("llama")
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight.detach()
+    edit = KN(embeddings="output").fit(model, TOKENIZER, [SHORT])
+    assert edit.details["neurons"] == KN().fit(model, TOKENIZER, [SHORT]).details["neurons"]
+    old, new = (head[TOKENIZER(a)["input_ids"][0]] for a in "PZ")
+    for delta in edit.deltas.values():
+        assert torch.allclose(delta.values, (2 * new - 2 * old)[:, None].expand_as(delta.values), atol=1e-5)
+
+
 def test_of_longer_answers_every_token_counts_once():
     model = louder("llama")
     table = model.get_input_embeddings().weight.detach()
@@ -147,6 +158,8 @@ def test_what_is_refused():
         KN(layers=(5,)).fit(model, TOKENIZER, [SHORT])
     with pytest.raises(UserError, match="at least 1"):
         KN(steps=0)
+    with pytest.raises(UserError, match="input or output"):
+        KN(embeddings="both")
     with pytest.raises(UserError, match="no MLP"):
         KN().fit(tiny_model("mamba2"), TOKENIZER, [SHORT])
     roles(model).layers[1].down.module.weight = torch.nn.Parameter(

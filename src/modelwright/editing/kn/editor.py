@@ -35,11 +35,18 @@ class KN(Editor):
     A unit is an input of a down projection. Units are attributed by integrated gradients at the prompt's last token,
     for the request and each of its paraphrases; those that the prompts share are kept. Each request needs its
     ``old_answer``, what the model says today.
+
+    The paper writes embeddings of a model whose input and output embeddings are one matrix. Where they are two (Llama,
+    Mistral, GPT-NeoX), a row of the input's says nothing to the head, so that the new answer is hardly ever written;
+    ``embeddings=output`` (ours) takes the head's rows. The benchmarks' code differs: it attributes what enters the
+    activation function (of a gated MLP, the gate alone), unlearns the tokens that the model itself goes on with, as
+    many as the target has, and never doubles the target's.
     """
 
     name: ClassVar[str] = "kn"
     stronger: ClassVar[str] = (
-        "raise scale or lower threshold (--set scale=4); KN seldom writes what it should, so try rome or memit"
+        "raise scale, lower threshold or set embeddings=output (--set scale=4); KN seldom writes what it should, so "
+        "try rome or memit"
     )
 
     steps: Annotated[int, Arg("Points of the integral (the paper's m).")] = 20
@@ -51,12 +58,18 @@ class KN(Editor):
     share: Annotated[float, Arg("Keep units that more than this share of the prompts have in common.")] = 0.4
     refine: Annotated[bool, Arg("Use the paraphrases as well; without them, the prompt alone.")] = True
     scale: Annotated[float, Arg("Times that an answer of one token is taken out and put in; longer ones: once.")] = 2.0
+    embeddings: Annotated[
+        Literal["input", "output"],
+        Arg("Whose rows are written: the input embeddings', as published, or the head's (ours)."),
+    ] = "input"
     layers: Annotated[tuple[int, ...], Arg("Layers whose units are looked at; all by default.")] = ()
     batch_size: Annotated[int, Arg("Points at once.", kind="run")] = 20
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise UserError("steps and batch_size must be at least 1.")
+        if self.embeddings not in ("input", "output"):
+            raise UserError(f"embeddings is {self.embeddings!r}: give input or output.")
         if not 0 <= self.threshold < 1 or not 0 <= self.share < 1:
             raise UserError("threshold and share must be 0 or more and below 1.")
 
@@ -91,7 +104,8 @@ class KN(Editor):
         names = {layer: f"{down_projection(model, layer).name}.weight" for layer in layers}
         for name in names.values():
             check_editable(model, name)
-        table = model.get_input_embeddings().weight.detach()
+        whose = model.get_input_embeddings() if self.embeddings == "input" else model.get_output_embeddings()
+        table = whose.weight.detach()
         if table.shape[1] != down_projection(model, layers[0]).weight().shape[0]:
             raise UserError("The model's embeddings are of another size than its hidden states: KN cannot write them.")
         progress = progress or Silent()

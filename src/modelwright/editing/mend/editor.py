@@ -40,6 +40,14 @@ class MEND(TrainedEditor):
     """MEND: learned networks turn the gradient of the edit's loss into a change that generalises and stays local.
 
     Train it once for a model (:meth:`train`, or `modelwright edit train mend`); each edit is then one backward pass.
+
+    The networks know gradients of the model they were trained on. In a row of edits one by one the losses grow, the
+    moments stay, and so each change may be larger than the one before, until the model is gone; the published code,
+    which keeps the moments of the training too, does the same. Edits that are made at once do not build on each other.
+
+    In training, a step's factors enter the moments before any of them is normalised; the published code adds them
+    weight by weight. The rates have an optimiser of their own, as in the paper; in the published code it steps after
+    the gradients were cleared, so that its rates move by ``learning_rate`` a step alone.
     """
 
     name: ClassVar[str] = "mend"
