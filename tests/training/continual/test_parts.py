@@ -9,6 +9,8 @@ from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.training.continual import ContinualOptions, Example, Task
 from modelwright.training.continual.ewc import ElasticWeights
 from modelwright.training.continual.examples import Encoder, answer_loss, correct, fit, normalise
+from modelwright.training.continual.similarity import task_overlap
+from modelwright.training.continual.tasks import drawn
 from modelwright.training.continual.trainer import Passes
 from modelwright.training.continual.tuning import Adaptation
 
@@ -101,6 +103,24 @@ def test_passes_hold_each_row_once():
     assert found[:7] != found[7:]
     assert [data[i]["input_ids"][0] for i in (9, 2)] == [found[9], found[2]]
     assert [Passes(data.rows, 7, seed=4)[i]["input_ids"][0] for i in range(7)] != found[:7]
+
+
+@pytest.mark.parametrize("order", ["in turn", "sorted"])
+def test_a_task_shares_its_rows_with_itself_in_whatever_order_its_classes_come(order):
+    rows = [[Example(text * 10, "yes"), Example(other * 10, "no")] * 40 for text, other in (("aa", "99"), ("Zz", "~ "))]
+    if order == "sorted":
+        rows = [sorted(own, key=lambda row: row.answer) for own in rows]
+    tasks = [Task(name, own, own) for name, own in zip(("one", "two"), rows, strict=True)]
+    found = task_overlap(tiny_model("llama"), ENCODER, tasks, samples=80)["mean"]
+    assert found[0][0] > 0.8 and found[1][1] > 0.8
+    assert max(found[0][1], found[1][0]) < 0.7
+
+
+def test_some_rows_are_drawn_once_each_and_by_the_seed():
+    rows = list(range(50))
+    assert sorted(drawn(rows, 100, 3)) == rows
+    assert len(set(drawn(rows, 10, 3))) == 10
+    assert drawn(rows, 10, 3) == drawn(rows, 20, 3)[:10] != drawn(rows, 10, 4)
 
 
 # EWC.

@@ -14,7 +14,7 @@ from modelwright.errors import UserError
 from modelwright.models.loading import load_model, load_tokenizer, save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.progress import Silent
-from modelwright.training.continual import ContinualBenchmark, ContinualOptions, world_tasks
+from modelwright.training.continual import ContinualBenchmark, ContinualOptions, Task, world_tasks
 from modelwright.training.migu import MIGUConfig
 from modelwright.verbs.train_continual import TrainContinual
 from modelwright.verbs.world import World
@@ -66,6 +66,17 @@ class KillAt(Silent):
 
     def message(self, text):
         self.advance()
+
+
+def test_ewc_looks_at_examples_of_all_labels_of_a_sorted_task(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "modelwright.training.continual.stream.ElasticWeights.add",
+        lambda self, model, batches: seen.append({tuple(batch["labels"][0].tolist()[-4:]) for batch in batches}),
+    )
+    tasks = [Task(t.name, sorted(t.train, key=lambda row: row.answer), t.test, t.labels) for t in TASKS]
+    run(tasks=tasks, steps=1, ewc=1.0, ewc_samples=8)
+    assert [len(answers) for answers in seen] == [2, 2, 2]
 
 
 VARIANTS = {

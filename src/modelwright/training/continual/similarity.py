@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modelwright.training.continual.examples import Encoder
-from modelwright.training.continual.tasks import Task
+from modelwright.training.continual.tasks import Task, drawn
 from modelwright.training.migu import MIGUConfig, row_overlap, top_rows
 
 
@@ -29,7 +29,8 @@ def task_overlap(
     Args:
         model: The model.
         encoder: Of its tokenizer.
-        tasks: Tasks; test examples are looked at.
+        tasks: Tasks; test examples are looked at, drawn at random: halves of every other example would be halves of
+            the classes where examples go through the classes in turn.
         samples: Examples of each task.
         batch_size: Examples at once.
         config: ``threshold`` and ``target_modules``; the defaults are the paper's top 30% of the blocks' layers.
@@ -40,7 +41,7 @@ def task_overlap(
     device = next(model.parameters()).device
     halves: list[tuple[dict[str, torch.Tensor], ...]] = []
     for task in tasks:
-        rows = [encoder.row(example) for example in task.test[:samples]]
+        rows = [encoder.row(example) for example in drawn(task.test, samples, 0)]
         found = []
         for part in (rows, rows[::2], rows[1::2] or rows):
             batches = [

@@ -22,7 +22,7 @@ from modelwright.training.continual.ewc import ElasticWeights
 from modelwright.training.continual.examples import correct, fit
 from modelwright.training.continual.matrix import AccuracyMatrix
 from modelwright.training.continual.options import ContinualOptions
-from modelwright.training.continual.tasks import Example, Task, check_tasks
+from modelwright.training.continual.tasks import Example, Task, check_tasks, drawn
 from modelwright.training.continual.trainer import ContinualTrainer, Passes
 from modelwright.training.continual.tuning import Adaptation
 from modelwright.training.gradient_mask import GradientMask
@@ -191,7 +191,7 @@ class _Run:
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         self._keep_log(task.name, trainer)
         if self.elastic is not None:
-            samples = rows[: min(options.ewc_samples, len(task.train))]
+            samples = drawn(rows[: len(task.train)], options.ewc_samples, seed)
             self.elastic.add(model, (self.encoder.batch([row]) for row in samples))
         self.model = self.adaptation.end(model, last=number == len(self.tasks) - 1)
 
@@ -213,9 +213,7 @@ class _Run:
         for earlier, task in enumerate(self.tasks[:number]):
             if self.options.replay:
                 count = max(1, round(self.options.replay * len(task.train)))
-                generator = torch.Generator().manual_seed(self.options.seed * 10_007 + earlier)
-                picked = torch.randperm(len(task.train), generator=generator)[:count]
-                found += [task.train[i] for i in picked.tolist()]
+                found += drawn(task.train, count, self.options.seed * 10_007 + earlier)
         return found
 
     def _keep_log(self, name: str, trainer: ContinualTrainer) -> None:

@@ -6,14 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
 
 from modelwright.data.records import Records
 from modelwright.errors import UserError, did_you_mean
 from modelwright.files import read_json
 from modelwright.values import Loader
+
+Row = TypeVar("Row")
 
 _TEXTS = ("sentence", "text", "prompt", "question", "input")
 _ANSWERS = ("label", "answer", "completion", "target", "output")
@@ -62,6 +65,18 @@ class Task:
     train: Sequence[Example] = field(repr=False)
     test: Sequence[Example] = field(repr=False)
     labels: tuple[str, ...] = ()
+
+
+def drawn(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """Returns some of the rows at random: files may be sorted by label, or have all labels in turn.
+
+    Args:
+        rows: Rows.
+        count: How many; all, in another order, if there are no more.
+        seed: Decides which.
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in order[:count].tolist()]
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

@@ -30,8 +30,8 @@ MASKS = {
     "low": MIGUConfig(threshold=THRESHOLD, select="low-magnitude"),
 }
 #: What each variant searches, the same number of runs for each: a learning rate, or for EWC its weight.
-RATES = (7e-4, 1.4e-3, 2.8e-3)
-EWC_WEIGHTS = (10.0, 100.0, 1000.0)
+RATES = (7e-4, 1.4e-3, 2.8e-3, 5.6e-3)
+EWC_WEIGHTS = (10.0, 100.0, 1000.0, 10_000.0)
 TUNED = ("ft", "migu", "random", "low", "replay", "ewc")
 
 
@@ -297,8 +297,8 @@ CLAIM = Claim(
     notes=(
         "A Llama of two layers and width 64, trained from scratch on three generated tasks together and then on three "
         "others one after the other, 80 steps each; embeddings and the tied head are not masked, as in the paper. Each "
-        "variant had three runs of search on a seed of its own: a learning rate (7e-4, 1.4e-3, 2.8e-3), EWC its weight "
-        "at fine-tuning's rate. The paper's models are pre-trained on the web, and their outputs may be of other "
+        "variant had four runs of search on a seed of its own: a learning rate (7e-4, 1.4e-3, 2.8e-3, 5.6e-3), EWC its "
+        "weight at fine-tuning's rate. The paper's models are pre-trained on the web, and their outputs may be of other "
         "kinds: a model of this size cannot show the published gains, only whether the mechanism is at work. LoRA is "
         "not measured here. Harm and progress: one known task is given other labels and trained on by 20 steps of "
         "equal norm."
