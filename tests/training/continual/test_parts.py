@@ -112,7 +112,7 @@ def test_a_task_shares_its_rows_with_itself_in_whatever_order_its_classes_come(o
         rows = [sorted(own, key=lambda row: row.answer) for own in rows]
     tasks = [Task(name, own, own) for name, own in zip(("one", "two"), rows, strict=True)]
     found = task_overlap(tiny_model("llama"), ENCODER, tasks, samples=80)["mean"]
-    assert found[0][0] > 0.8 and found[1][1] > 0.8
+    assert min(found[0][0], found[1][1]) > 0.8
     assert max(found[0][1], found[1][0]) < 0.7
 
 

@@ -298,9 +298,9 @@ CLAIM = Claim(
         "A Llama of two layers and width 64, trained from scratch on three generated tasks together and then on three "
         "others one after the other, 80 steps each; embeddings and the tied head are not masked, as in the paper. Each "
         "variant had four runs of search on a seed of its own: a learning rate (7e-4, 1.4e-3, 2.8e-3, 5.6e-3), EWC its "
-        "weight at fine-tuning's rate. The paper's models are pre-trained on the web, and their outputs may be of other "
-        "kinds: a model of this size cannot show the published gains, only whether the mechanism is at work. LoRA is "
-        "not measured here. Harm and progress: one known task is given other labels and trained on by 20 steps of "
-        "equal norm."
+        "weight at fine-tuning's rate. The paper's models are pre-trained on the web, and their outputs may be of "
+        "other kinds: a model of this size cannot show the published gains, only whether the mechanism is at work. "
+        "LoRA is not measured here. Harm and progress: one known task is given other labels and trained on by 20 steps "
+        "of equal norm."
     ),
 )  # fmt: skip
