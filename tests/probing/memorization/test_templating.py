@@ -45,7 +45,21 @@ def test_other_texts_are_no_templates(text, legacy):
 def test_a_triple_that_bends_downwards_counts_only_for_the_official_code():
     assert not is_incrementing("1 2 1")
     assert is_incrementing("1 2 1", legacy=True)
-    assert not is_incrementing("2 2 2")
+    for text in ("2 2 2", "0 4 4"):
+        assert not is_incrementing(text)
+        assert not is_incrementing(text, legacy=True)
+
+
+@pytest.mark.parametrize("text", ["xababay", "a go go 1", "3 0 0 3"])
+def test_the_ends_of_a_repetition_count_but_for_the_official_code(text):
+    assert not is_repeating(text)
+    assert templating(text, legacy=True) == (False, True)
+
+
+@pytest.mark.parametrize("text", [",,,", "aa"])
+def test_three_characters_repeat_but_for_the_official_code(text):
+    assert is_repeating(text)
+    assert not is_repeating(text, legacy=True)
 
 
 def test_three_compound_units_are_seen_though_their_ends_may_be_cut():

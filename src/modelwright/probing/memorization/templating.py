@@ -3,10 +3,13 @@
 Two rules make a template. A text *repeats* if some period of at most half its length explains every character. It
 *increments* if it is made of units in which some numbers run through arithmetic progressions and nothing else changes.
 
-Source: section 3 of the paper, and the official code where the paper is silent. ``legacy=True`` reproduces three
-traps of that code: with exactly three numbers it takes any triple that bends downwards ("1 2 1") for a progression;
-hexadecimal numbers are read only where blanks stand on both sides; and the first and the last piece never count, so
-that three compound units ("23: 0xf1, 24: 0xf2, 25: 0xf3", the paper's own example) are not seen.
+Source: section 3 of the paper, and the official code where the paper is silent. ``legacy=True`` reproduces four
+traps of that code: with exactly three numbers it takes any triple that bends downwards ("1 2 1") for a progression, if
+its last two differ; hexadecimal numbers are read only where blanks stand on both sides; the first and the last piece
+never count, so that three compound units ("23: 0xf1, 24: 0xf2, 25: 0xf3", the paper's own example) are not seen; and
+of a repetition the first and the last character do not count either, while one of three characters is none. (A fifth
+is not reproduced: a step that a shorter period left behind may make constant units increment, in one made-up text of
+some thousands.)
 """
 
 from __future__ import annotations
@@ -41,11 +44,20 @@ def templating(text: str, *, legacy: bool = False) -> Templating:
         text: The decoded sequence.
         legacy: Decide as the official code does, traps included.
     """
-    return Templating(is_incrementing(text, legacy=legacy), is_repeating(text))
+    incrementing = is_incrementing(text, legacy=legacy)
+    # The official code does not look for repetitions in what increments.
+    return Templating(incrementing, not (legacy and incrementing) and is_repeating(text, legacy=legacy))
 
 
-def is_repeating(text: str) -> bool:
-    """Whether some period p of at most half the length makes every character equal the one p places before it."""
+def is_repeating(text: str, *, legacy: bool = False) -> bool:
+    """Whether some period p of at most half the length makes every character equal the one p places before it.
+
+    Args:
+        text: The decoded sequence.
+        legacy: Leave out the first and the last of more than four characters; fewer than four do not repeat.
+    """
+    if legacy:
+        text = text[1:-1] if len(text) > 4 else text if len(text) == 4 else ""
     length = len(text)
     if length < 2:
         return False
@@ -65,7 +77,7 @@ def is_incrementing(text: str, *, legacy: bool = False) -> bool:
     if len(found) == 3 and all(isinstance(piece, int) for piece in found):
         first, second, third = (int(piece) for piece in found)
         bend = third - 2 * second + first
-        return bend < TOLERANCE if legacy else bend == 0 and first != second
+        return bend < TOLERANCE and second != third if legacy else bend == 0 and first != second
     if len(found) < 3:
         return False
     # A sequence is cut out of running text, so its first and last piece may be halves.
