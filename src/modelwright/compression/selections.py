@@ -146,8 +146,8 @@ class Layout:
 
     Modes: ``"independent"`` (DISP-LLM: five selections of each block's own), ``"same"`` (one set of residual dimensions
     for all blocks, and nothing else: the freedom of SliceGPT), ``"same_mlp"`` (that, and MLP units of each block, as a
-    control: what differs from ``"independent"`` is the dependence alone), and ``"structural"`` (that, and whole heads
-    of each block: the freedom of LLM-Pruner).
+    control: what differs from ``"independent"`` is the dependence alone; the released code's ``same`` is this one), and
+    ``"structural"`` (that, and whole heads of each block: the freedom of LLM-Pruner).
 
     Attributes:
         blocks: The model's blocks.

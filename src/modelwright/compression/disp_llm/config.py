@@ -22,7 +22,7 @@ class DispPruningConfig:
     Attributes:
         keep_ratio: p, share of the blocks' parameters to keep.
         mode: Which gates there are: see :class:`~modelwright.compression.selections.Layout`. The paper's ablations
-            are ``same`` and ``structural``; ``same_mlp`` is ours.
+            are ``same`` and ``structural``; ``same_mlp`` is what the released code calls ``same``.
         network: Where logits come from: the hypernetwork with its GRU, one with a linear map in the GRU's place, or
             none (the logits are free parameters).
         estimator: How gradients pass the drawn gates: see :mod:`modelwright.compression.disp_llm.estimators`. The paper
