@@ -106,10 +106,10 @@ def quantise(
     """Quantises and packs: ``code = round((x - minimum) / scale)`` with ``scale = (max - minimum) / (2**bits - 1)``.
 
     Scale and minimum are rounded to ``metadata`` before the codes are found, the minimum downwards, so that no number
-    is more than half a scale off. (bfloat16 would be too coarse a scale for that in 8 bits.) All is computed in float32,
-    where codes, scales and minima are those of KIVI's code; in float16 it rounds at every operation, and a few codes, one
-    in twenty of 8 bits, are one off ours. A group of equal numbers has scale 1; without that guard its codes were 0 / 0. Numbers beyond the range of ``metadata`` are held as its
-    bounds.
+    is more than half a scale off. (bfloat16 would be too coarse a scale for that in 8 bits.) A group of equal numbers
+    has scale 1; without that guard its codes were 0 / 0. Numbers beyond the range of ``metadata`` are held as its
+    bounds. All is computed in float32, where codes, scales and minima are those of KIVI's code; in float16 it rounds
+    after every operation, and then a few codes (one in twenty of 8 bits) are one off ours.
 
     Args:
         x: (batch, heads, segments, segment length, size), of any float dtype.

@@ -46,9 +46,9 @@ class SelectionSearch(nn.Module):
 
     Only the hypernetwork's parameters ask for gradients, and only they stand in ``state_dict``. Within
     :meth:`attached`, ``forward`` draws gates once, runs the model with them (hard, each applied once), and returns
-    cross-entropy plus ``penalty`` times the loss of the ratio. (The released code runs the model with soft gates, those of
-    the MLP's units applied twice, and takes the ratio from a second draw. At the same draw its logits, hard gates, ratio
-    and gradient of the ratio are ours.)
+    cross-entropy plus ``penalty`` times the loss of the ratio. (The released code runs the model with soft gates, those
+    of the MLP's units applied twice, and takes the ratio from a second draw. At the same draw its logits, hard gates,
+    ratio and the ratio's gradient are ours.)
 
     Args:
         model: The model to prune.
