@@ -34,12 +34,13 @@ def memory_is_full(error: BaseException) -> bool:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the tail of an error message: the nearest known names, or all of them when none is near."""
+    """Returns the tail of an error message: the nearest known names, or up to 40 of all when none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"known: {', '.join(known) or 'none'}."
+    more = f" and {len(known) - 40:,} more" if len(known) > 40 else ""
+    return f"known: {', '.join(known[:40]) or 'none'}{more}."
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

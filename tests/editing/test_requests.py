@@ -108,3 +108,15 @@ def test_requests_that_contradict_each_other_are_refused():
         check_requests([one, same, other])
     with pytest.raises(UserError, match="no request"):
         check_requests([])
+
+
+def test_nothing_read_is_called_by_its_name(tmp_path):
+    for name in "ab":
+        (tmp_path / name).with_suffix(".jsonl").write_text("")
+    files = [tmp_path / "a.jsonl", str(tmp_path / "b.jsonl")]
+    with pytest.raises(UserError, match=f"no requests in {files[0]}, {files[1]}: give at least one"):
+        read_requests(files)
+    with pytest.raises(UserError, match=f"no examples in {files[1]}: give"):
+        read_requests(files[1], what="examples")
+    with pytest.raises(UserError, match="--limit is 0: give at least 1"):
+        read_requests(files, limit=0)

@@ -151,5 +151,7 @@ def test_the_content_hash_sees_names_and_bytes(tmp_path):
 def test_messages():
     assert did_you_mean("zipfit", ["zip-fit", "dsir"]) == "did you mean 'zip-fit'?"
     assert did_you_mean("qqq", ["b", "a"]) == "known: a, b."
+    many = did_you_mean("qqq", [f"{n:05d}" for n in range(14_000)])
+    assert many.endswith("00038, 00039 and 13,960 more.")
     with pytest.raises(UserError, match=r"pip install 'modelwright\[extra\]'"):
         require("no_such_package_at_all", "extra", "testing")

@@ -53,7 +53,8 @@ class Records(Iterable[Record]):
         text_field: Field that holds the text.
         encoding_errors: ``strict`` refuses bytes that are not UTF-8 and lone surrogates; ``replace`` puts U+FFFD.
         columns: Columns to read of Parquet files and hub data sets beside the text field; all by default.
-        field_option: Name of the option that a user changes when the text field is missing, for the message.
+        field_option: Name of the option that a user changes when the text field is missing, for the message; None
+            where its name is fixed.
 
     Raises:
         UserError: A source does not exist or is of no known kind. Iterating raises it for every fault in the data,
@@ -66,7 +67,7 @@ class Records(Iterable[Record]):
         text_field: str = "text",
         encoding_errors: Literal["strict", "replace"] = "strict",
         columns: Sequence[str] | None = None,
-        field_option: str = "text_field",
+        field_option: str | None = "text_field",
     ) -> None:
         if encoding_errors not in ("strict", "replace"):
             raise UserError(f"encoding_errors must be 'strict' or 'replace', not {encoding_errors!r}.")
@@ -159,10 +160,11 @@ class Records(Iterable[Record]):
         except KeyError:
             known = [str(k) for k in row]
             near = did_you_mean(self.text_field, known)
+            option = self.field_option
+            remedy = f"Name it with {option} (--{option.replace('_', '-')})." if option else "Each row needs it."
             raise UserError(
                 f"{where} has no field '{self.text_field}' (fields: {', '.join(known) or 'none'})"
-                f"{f'; {near}' if near.startswith('did') else ':'} "
-                f"Name it with {self.field_option} (--{self.field_option.replace('_', '-')})."
+                f"{f'; {near}' if near.startswith('did') else ':'} {remedy}"
             ) from None
         if not isinstance(text, str):
             kind = "null" if text is None else f"of type {type(text).__name__}"

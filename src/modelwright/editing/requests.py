@@ -10,6 +10,7 @@ from typing import Any
 
 from modelwright.data.records import Records
 from modelwright.errors import UserError
+from modelwright.options import check_limit
 
 #: Where a request's fields stand in files of this toolkit and in published ones; dots lead into objects.
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -144,7 +145,11 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def read_requests(
-    sources: str | Path | Sequence[str | Path], *, limit: int | None = None, known: bool = False
+    sources: str | Path | Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    known: bool = False,
+    what: str = "requests",
 ) -> list[EditRequest]:
     """Reads requests from JSONL, JSON, CSV or Parquet files.
 
@@ -156,10 +161,13 @@ def read_requests(
         limit: At most this many, in the files' order.
         known: Read facts as they are today (known_1000 has no others): the answer stands in ``old_answer``, and where
             a row names no target, a placeholder does.
+        what: What they are, for messages.
 
     Raises:
-        UserError: A row is no request (named by file and line), two requests contradict each other, or there is none.
+        UserError: A row is no request (named by file and line), two requests contradict each other, there is none, or
+            the limit is below 1.
     """
+    check_limit(limit)
     found: list[EditRequest] = []
     places: list[str] = []
     for row, where in _rows(sources):
@@ -171,8 +179,9 @@ def read_requests(
             raise UserError(f"{where}: {error}") from error
         places.append(where)
     if not found:
-        raise UserError(f"There are no requests in {sources}: give at least one.")
-    check_requests(found, places)
+        named = ", ".join(map(str, [sources] if isinstance(sources, str | Path) else sources))
+        raise UserError(f"There are no {what} in {named}: give at least one.")
+    check_requests(found, places, what)
     return found
 
 
@@ -187,12 +196,15 @@ def _rows(sources: str | Path | Sequence[str | Path]) -> Iterable[tuple[dict[str
         yield from records._rows(source)
 
 
-def check_requests(requests: Sequence[EditRequest], places: Sequence[str] | None = None) -> None:
+def check_requests(
+    requests: Sequence[EditRequest], places: Sequence[str] | None = None, what: str = "requests"
+) -> None:
     """Refuses an empty list, and two requests that ask for different answers to the same prompt.
 
     Args:
         requests: What is to be fitted together.
         places: Where each was read, for the message.
+        what: What they are, for the message.
 
     Raises:
         UserError: One of these.
@@ -205,6 +217,6 @@ def check_requests(requests: Sequence[EditRequest], places: Sequence[str] | None
         if requests[first].target.strip() != request.target.strip():
             one, two = (places[first], places[number]) if places else (f"number {first + 1}", f"number {number + 1}")
             raise UserError(
-                f"The requests {one} and {two} contradict each other: {request.text!r} cannot be answered by both "
+                f"The {what} {one} and {two} contradict each other: {request.text!r} cannot be answered by both "
                 f"{requests[first].target.strip()!r} and {request.target.strip()!r}."
             )

@@ -128,10 +128,12 @@ def answers(
     Prompts of like length share a batch; that does not change the answers beyond rounding.
 
     Raises:
-        UserError: See :func:`modelwright.decoding.generate.generate`.
+        UserError: ``batch_size`` is below 1; see also :func:`modelwright.decoding.generate.generate`.
     """
     from modelwright.decoding.generate import Sampling, generate
 
+    if batch_size < 1:
+        raise UserError(f"The batch size must be at least 1, not {batch_size}.")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     run: Any = None if use_cache else functools.partial(model.generate, use_cache=False)
     found = generate(

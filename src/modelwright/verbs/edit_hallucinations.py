@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from modelwright.options import Arg
+from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
 
 
@@ -45,12 +45,12 @@ class EditHallucinations:
         from modelwright.evaluation.hallueditbench.questions import general_item, read_facts, single_valued
         from modelwright.files import check_output
         from modelwright.models.loading import load_model, load_tokenizer
-        from modelwright.options import check_limit
         from modelwright.verbs.evaluate_hallueditbench import load_judge
 
         check_output(self.output, self.force)
         check_format(self.output)
         check_limit(self.limit)
+        check_limit(self.batch_size, "--batch-size")
         given = read_facts(self.questions)
         single = single_valued(given)
         if not single:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from modelwright.options import Arg
+from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
 
 
@@ -78,8 +79,14 @@ class EditSequence:
 
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"{self.output} is a file: choose a folder for the output.")
-        if self.limit < 1:
-            raise UserError(f"limit is {self.limit}: each ability needs at least 1 test.")
+        for value, option in (
+            (self.limit, "--limit"),
+            (self.edit_batch, "--edit-batch"),
+            (self.batch_size, "--batch-size"),
+        ):
+            check_limit(value, option)
+        if not 0 < self.kept_share <= 1:
+            raise UserError(f"--kept-share is {self.kept_share}: give a share above 0 and at most 1.")
         checkpoints = _numbers(self.checkpoints)
         editors = editors_by_name(self.methods, self.options)
         requests = read_requests(self.requests)
@@ -141,10 +148,13 @@ class EditSequence:
 
         names = [name.strip() for text in self.tasks for name in text.split(",") if name.strip()]
         found: dict[str, Any] = {
-            **world_tasks(tokenizer, layout, [n for n in names if n in WORLD], tests=self.limit, seed=self.seed)
+            name: dataclasses.replace(ability, batch_size=self.batch_size)
+            for name, ability in world_tasks(
+                tokenizer, layout, [n for n in names if n in WORLD], tests=self.limit, seed=self.seed
+            ).items()
         }
         if self.keep:
-            rows = [record.row for record in Records(self.keep, "question")][: self.limit]
+            rows = [record.row for record in Records(self.keep, "question", field_option=None)][: self.limit]
             if missing := [i for i, row in enumerate(rows) if not row.get("answer")]:
                 raise UserError(f"Row {missing[0] + 1} of --keep has no answer: give question and answer.")
             facts = facts_to_keep(model, tokenizer, layout, rows)
@@ -152,7 +162,7 @@ class EditSequence:
                 raise UserError(
                     f"The model knows none of the {len(rows)} facts of --keep, so there is nothing to keep."
                 )
-            found["facts"] = facts
+            found["facts"] = dataclasses.replace(facts, batch_size=self.batch_size)
         if others := tuple(name for name in names if name not in WORLD):
             found["lm_eval"] = LmEvalTasks(
                 tokenizer, others, self.limit, batch_size=self.batch_size, include_path=tuple(self.include_path)

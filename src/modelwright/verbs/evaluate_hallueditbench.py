@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from modelwright.options import Arg
+from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
 
 
@@ -63,6 +63,7 @@ class HalluEditBench:
             return self._published(progress)
         if self.model is None or not self.items:
             raise UserError("Give --model and --items; or --published to score the published answers.")
+        check_limit(self.per_topic, "--per-topic")
         if self.sure and not self.turns:
             raise UserError("--sure asks at the turns of the robustness test: give --turns too.")
         return self._measured(progress)

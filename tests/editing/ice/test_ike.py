@@ -164,3 +164,16 @@ def test_what_is_refused(shown):
     with pytest.raises(UserError, match="about the prompts of the requests themselves"):
         IKE(demonstrations=[shown]).fit(trained(), TOKENIZER, FACTS)
     assert writes_prompt(IKE())
+
+
+def test_bad_demonstrations_are_called_so_before_a_model_is_loaded(shown, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    other = FACTS[1].to_dict() | {"target": "Rome", "old_answer": "Oslo"}
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (FACTS[1].to_dict(), other)))
+    for name, said in (
+        ("empty", r"no demonstrations in .*empty.jsonl: give"),
+        ("two", "The demonstrations .* contradict"),
+    ):
+        with pytest.raises(UserError, match=said):
+            IKE(demonstrations=str(tmp_path / f"{name}.jsonl")).check(FACTS[:1])
+    IKE(demonstrations=shown).check(FACTS[:1])

@@ -85,10 +85,13 @@ def test_the_command_writes_curves_and_goes_on(folder, tmp_path):
     verb.checkpoints = ["x"]
     with pytest.raises(UserError, match="whole numbers such as"):
         verb.run(Silent())
-    verb.limit = 0
-    with pytest.raises(UserError, match="at least 1 test"):
+    verb.kept_share = 3.0
+    with pytest.raises(UserError, match="at most 1"):
         verb.run(Silent())
-    verb.limit = 4
+    verb.limit = 0
+    with pytest.raises(UserError, match="--limit is 0: give at least 1"):
+        verb.run(Silent())
+    verb.limit, verb.kept_share = 4, 0.9
     verb.checkpoints, verb.methods, verb.options = ["1"], ["ft-m,kn"], {}
     with pytest.raises(UserError, match="has no old_answer"):
         verb.run(Silent())

@@ -151,3 +151,10 @@ def test_items_of_the_world_go_on_from_the_right_object():
             assert 4 not in item.hops
         if key[1] == "plays":
             assert not item.hops
+
+
+def test_a_field_that_no_option_renames_is_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n')
+    for read in (read_items, read_facts):
+        with pytest.raises(UserError, match=r"a.jsonl:1 has no field 'question' .*Each row needs it[.]$"):
+            read(tmp_path / "a.jsonl")

@@ -242,6 +242,8 @@ def test_from_facts_to_a_page(folder, tmp_path):
     assert (said["questions"], said["left_out"], said["examples"][0]["question"]) == (1, 2, "Where is Ky?")
     with pytest.raises(UserError, match="--limit is 0"):
         dataclasses.replace(more, limit=0, force=True).run(Silent())
+    with pytest.raises(UserError, match="--batch-size is 0"):
+        dataclasses.replace(more, batch_size=0, force=True).run(Silent())
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     options = {"ft-m.layer": 1, "ft-m.learning_rate": 0.05, "ft-m.steps": 60}
     verb = HalluEditBench(

@@ -92,10 +92,14 @@ class IKE(Editor):
             raise UserError(f"number is {self.number}: show at least one example, or use ice.")
 
     def check(self, requests: Sequence[EditRequest]) -> None:
-        """See :meth:`Editor.check`; there must be facts to show."""
+        """See :meth:`Editor.check`; there must be facts to show, which are read here."""
         super().check(requests)
         if not self.demonstrations:
-            raise UserError("IKE needs facts to show: name files of them with --set demonstrations=FILE, or use ice.")
+            raise UserError(
+                "IKE needs facts to show: name files of them as its option demonstrations (--set demonstrations=FILE, "
+                "or --options ike.demonstrations=FILE where there are several editors), or use ice."
+            )
+        self._facts = self._facts or read_requests(self.demonstrations, what="demonstrations")
 
     def fit(
         self,
@@ -112,7 +116,6 @@ class IKE(Editor):
         """
         self.check(requests)
         new = {r.text for r in requests}
-        self._facts = self._facts or read_requests(self.demonstrations)
         shown = [r for r in self._facts if new.isdisjoint((r.text, *r.paraphrase_texts()))]
         texts = [text for i, r in enumerate(shown) for text in examples_of(r, shown[i + 1 :] + shown[:i])]
         if not texts:

@@ -172,7 +172,7 @@ def read_items(sources: str | Path | Sequence[str | Path], *, per_topic: int | N
     """
     kept: list[Item] = []
     counts: dict[str, int] = {}
-    for record in Records(sources, "question"):
+    for record in Records(sources, "question", field_option=None):
         try:
             item = Item.from_row(record.row)
         except UserError as error:
@@ -181,7 +181,8 @@ def read_items(sources: str | Path | Sequence[str | Path], *, per_topic: int | N
         if per_topic is None or counts[item.topic] <= per_topic:
             kept.append(item)
     if not kept:
-        raise UserError(f"There are no items in {sources}: give at least one.")
+        named = ", ".join(map(str, [sources] if isinstance(sources, str | Path) else sources))
+        raise UserError(f"There are no items in {named}: give at least one.")
     return kept
 
 

@@ -51,7 +51,7 @@ def read_facts(sources: str | Path | Sequence[str | Path], limit: int | None = N
         UserError: A row lacks one of the three, or its subject is not in its question (named by file and line).
     """
     found: list[Fact] = []
-    for record in Records(sources, "question"):
+    for record in Records(sources, "question", field_option=None):
         if limit is not None and len(found) >= limit:
             break
         row = {str(k): str(v).strip() for k, v in record.row.items() if v is not None}
