@@ -10,10 +10,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -61,6 +62,23 @@ def kill_when(sign: Callable[[], object], work: Callable[[], object]) -> None:
         work()
 
     assert run(watched, 1) == [-signal.SIGKILL]
+
+
+def gone(pids: Iterable[int], seconds: float = 60.0) -> bool:
+    """Waits until no process has one of these numbers; returns whether that came to be."""
+    deadline = time.monotonic() + seconds
+    while any(map(_lives, pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # one that nobody has asked for its exit code
+    except psutil.NoSuchProcess:
+        return False
 
 
 def modelwright(*arguments: object) -> subprocess.CompletedProcess[str]:

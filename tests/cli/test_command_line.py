@@ -125,7 +125,16 @@ def test_a_methods_own_options_stand_apart():
     assert ":class:" not in shown
 
 
-def test_ctrl_c_before_the_verb_runs_is_no_traceback(monkeypatch):
+@pytest.fixture
+def unchanged(monkeypatch):
+    """Takes back what the command line does to a process that is its own."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_ctrl_c_before_the_verb_runs_is_no_traceback(monkeypatch, unchanged):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -135,7 +144,30 @@ def test_ctrl_c_before_the_verb_runs_is_no_traceback(monkeypatch):
     assert stopped.value.code == 130
 
 
-def test_a_process_of_a_distributed_run_ends_at_once_after_its_message(monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_that_python_drops_is_not_lost(number, code, monkeypatch, unchanged, capsys):
+    """It drops what is raised in a finaliser; one runs at any moment, and imports have others."""
+    dropped = []
+
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0)  # here it is raised
+
+    def work():
+        Finalised()
+        dropped.append(True)
+        time.sleep(100)
+
+    monkeypatch.setattr("modelwright.cli.app.run_command_line", guarded(work))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert dropped
+    assert stopped.value.code == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_process_of_a_distributed_run_ends_at_once_after_its_message(monkeypatch, capsys, unchanged):
     """What ends later may be aborted by a thread of the communication, and the launcher would report a signal."""
 
     def refused():
@@ -155,7 +187,7 @@ def test_a_process_of_a_distributed_run_ends_at_once_after_its_message(monkeypat
         guarded(refused)()
 
 
-def test_full_memory_is_a_sentence_and_other_faults_are_not(capsys):
+def test_full_memory_is_a_sentence_and_other_faults_are_not(capsys, unchanged):
     def ended(error):
         raise error
 

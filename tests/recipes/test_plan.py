@@ -36,7 +36,9 @@ some_rules = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(upper=some_dimensions, lower=some_dimensions, rules=some_rules)
 def test_shared_dimensions_match_and_the_others_gather(write, upper, lower, rules):
     """Against a brute-force reading of the rule in the documentation."""

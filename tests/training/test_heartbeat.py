@@ -49,6 +49,26 @@ def test_one_that_stands_still_is_noticed(pair):
     assert message.startswith("Process 1 of 2 has given no sign of life for 1 s: stopping.")
 
 
+def test_a_machine_that_stood_still_as_a_whole_has_killed_nobody(pair, monkeypatch):
+    a, _ = pair
+    store, waits, wait = a.beat.member[0], [], a.beat._stop.wait
+    store.set("1", "7")
+
+    def stopped_once(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            time.sleep(1.5)  # here, and there: what the other has counted is as before
+        if len(waits) == 3:
+            store.set("1", "8")
+        return wait(seconds)
+
+    monkeypatch.setattr(a.beat._stop, "wait", stopped_once)
+    with a.beat:
+        while len(waits) < 6:
+            time.sleep(0.01)
+    assert a.said == []
+
+
 def test_one_that_never_comes_is_noticed(pair):
     with pair[0].beat:
         assert pair[0].over.wait(60)

@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+import forked
 from modelwright.errors import UserError
 from modelwright.progress import Silent
 from modelwright.verify import runner
@@ -171,20 +173,36 @@ def test_a_killed_run_continues(tmp_path, monkeypatch, how):
         time.sleep(0.02)
     with pytest.raises(UserError, match="by another process"):
         run_claim(toys.claim(toys.slow, prepare=None), "cpu", [0, 1], 1, Silent(), cache=cache)
+    children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert children
     process.send_signal(how)
     process.wait(120)
-    # The worker must not outlive its parent.
-    for _ in range(200):
-        if subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).returncode:
-            break
-        time.sleep(0.02)
-    else:
-        pytest.fail("a worker outlived the killed run")
+    assert forked.gone(children), "a worker outlived the killed run"
     document = run_claim(toys.claim(toys.slow, prepare=None), "cpu", [0, 1], 1, Silent(), cache=cache)
     assert log.read_text().split() == ["0", "1", "1"]
     assert document["measurements"]["0"]["ours"]["loss"] == 0.0
     assert document["verdict"] == "holds"
     assert [p.name for p in (cache / "toy.cpu").iterdir()] == ["lock"]
+
+
+def test_ctrl_c_while_a_worker_starts_leaves_none(tmp_path, monkeypatch):
+    """Python would wait at its end for a worker that was not stopped, and a seed may take an hour."""
+    from multiprocessing import active_children
+    from multiprocessing.context import SpawnProcess
+
+    real = SpawnProcess.start
+
+    def cut(self):
+        real(self)
+        assert self.is_alive()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SpawnProcess, "start", cut)
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("TOY_SLEEP", "100")
+    with pytest.raises(KeyboardInterrupt):
+        run_claim(toys.claim(toys.slow, prepare=None), "cpu", [1], 1, Silent(), cache=tmp_path)
+    assert not [child for child in active_children() if child.name == "seed-1"]
 
 
 def test_changed_code_is_not_mixed_with_kept_seeds(tmp_path, monkeypatch):

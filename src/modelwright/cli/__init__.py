@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from typing import Any
 
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 a defect of ours, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    sys.unraisablehook = _dropped
     try:
         _main()
     except KeyboardInterrupt:  # before the command's own guard stood
         raise SystemExit(130) from None
+
+
+def _dropped(fault: Any) -> None:
+    """Python drops what is raised in a finaliser or a callback of its import system: Ctrl-C there is sent again."""
+    if not issubclass(fault.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(fault)
+        return
+    import threading
+
+    again = threading.Timer(0.02, os.kill, (os.getpid(), getattr(fault.exc_type, "number", signal.SIGINT)))
+    again.daemon = True
+    again.start()
 
 
 def _main() -> None:

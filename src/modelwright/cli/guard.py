@@ -16,6 +16,8 @@ from modelwright.errors import MEMORY_IS_FULL, UserError, memory_is_full
 class Terminated(KeyboardInterrupt):
     """SIGTERM: handled wherever Ctrl-C is, so that a supervisor's stop is as gentle."""
 
+    number = signal.SIGTERM
+
 
 def _on_sigterm(signum: int, frame: Any) -> None:
     raise Terminated

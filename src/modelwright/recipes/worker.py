@@ -115,7 +115,7 @@ def run_step(job: dict[str, Any], progress: Any) -> dict[str, Any]:
         }
         remove_scratch(folder)
         write_json(folder / "result.json", record)
-    (folder / ".lock").unlink(missing_ok=True)
+        (folder / ".lock").unlink(missing_ok=True)
     return record
 
 

@@ -8,7 +8,6 @@ import itertools
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +23,9 @@ class Heartbeat:
     A collective operation waits for a dead process for as long as its timeout says (half an hour by default), or for
     ever. Gloo notices a closed connection; NCCL does not. Each process therefore counts upwards in the store through
     which the group was formed, and reads the others' counts. One whose count has stood still for ``patience`` seconds
-    is taken for dead: after a moment, in which an error that has reached the main thread may be reported instead,
-    ``lost`` is called. A process that is stopped (SIGSTOP) counts as dead; one that works, evaluates or waits does not.
+    (as many intervals of this process: a machine that stood still as a whole has killed nobody) is taken for dead:
+    after a moment, in which an error that has reached the main thread may be reported instead, ``lost`` is called. A
+    process that is stopped (SIGSTOP) counts as dead; one that works, evaluates or waits does not.
 
     Without ``torch.distributed``, with one process, or where the group was not formed by ``MASTER_ADDR`` and
     ``MASTER_PORT``, it does nothing.
@@ -69,20 +69,20 @@ class Heartbeat:
             self._store.set(str(self._rank), "failed" if kind is not None else "done")
 
     def _watch(self) -> None:
-        seen = {rank: (b"", time.monotonic()) for rank in range(self._world) if rank != self._rank}
+        seen = {rank: (b"", 0) for rank in range(self._world) if rank != self._rank}
         count = 0
         while not self._stop.wait(self.interval):
             count += 1
             message = ""
             try:
                 self._store.set(str(self._rank), str(count))
-                for rank, (before, since) in seen.items():
+                for rank, (before, looks) in seen.items():
                     now = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
-                    if now != before:
-                        seen[rank] = (now, time.monotonic())
+                    looks = looks + 1 if now == before else 0
+                    seen[rank] = (now, looks)
                     if now == b"failed":
                         message = f"Process {rank} of {self._world} stopped with an error"
-                    elif now != b"done" and time.monotonic() - since > self.patience:
+                    elif now != b"done" and looks * self.interval > self.patience:
                         message = f"Process {rank} of {self._world} has given no sign of life for {self.patience:g} s"
             except RuntimeError:
                 message = "The process through which the processes of this run find each other is gone"

@@ -231,9 +231,10 @@ def working_folder(
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:
-        lock.release()
+        # Removed before it is released: afterwards it could be another run's lock already.
         with contextlib.suppress(OSError):
             Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def _differences(old: Any, new: dict[str, Any]) -> list[str]:

@@ -301,6 +301,9 @@ def _run_jobs(pickled: bytes, jobs: Sequence[Job], workers: int, label: str, pro
     if kept := len(jobs) - len(waiting):
         progress.advance(kept, "kept from the run before")
     running: dict[Any, tuple[Job, Any]] = {}
+    started: list[
+        Any
+    ] = []  # noted before they start: Ctrl-C may come at any moment, and Python waits for them at its end
     pipes: list[Connection] = []
     try:
         while waiting or running or pipes:
@@ -309,6 +312,7 @@ def _run_jobs(pickled: bytes, jobs: Sequence[Job], workers: int, label: str, pro
                 job.error.unlink(missing_ok=True)
                 reader, writer = context.Pipe(duplex=False)
                 process = context.Process(target=work, args=(pickled, job, writer), name=job.name)
+                started.append(process)
                 process.start()
                 writer.close()
                 running[process.sentinel] = (job, process)
@@ -326,9 +330,10 @@ def _run_jobs(pickled: bytes, jobs: Sequence[Job], workers: int, label: str, pro
                     _raise_failure(job, process.exitcode)
                 progress.advance(1, job.name.replace("-", " "))
     finally:
-        for _, process in running.values():
+        left = [process for process in started if process.pid is not None and process.is_alive()]
+        for process in left:
             process.terminate()
-        for _, process in running.values():
+        for process in left:
             process.join(5)
             if process.is_alive():
                 process.kill()

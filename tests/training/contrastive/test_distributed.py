@@ -1,12 +1,9 @@
 """Several processes train as one; if one dies, the others end with a message."""
 
-import contextlib
-import itertools
 import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
+import forked
 from modelwright.errors import UserError
 from modelwright.models.loading import save_model
 from modelwright.models.tiny_pairs import tiny_pair
@@ -94,32 +92,31 @@ def folder(tmp_path_factory):
     return folder
 
 
-PORTS = itertools.count(20_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
-
-
-def free_port():
-    """None of those that the system gives to whoever asks for any: such a one may be taken before the group meets."""
-    for port in PORTS:
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
-
-
 def start(work, processes, *arguments):
     """Starts ``work(rank, *arguments)`` in processes that form a group, without torchrun, whose agent would watch them.
 
     They are forked: to import everything again would take most of the test's time.
     """
-    context, port = multiprocessing.get_context("fork"), free_port()
+    context = multiprocessing.get_context("fork")
+    ports = context.SimpleQueue(), context.SimpleQueue()
     found = []
     for rank in range(processes):
-        found.append(context.Process(target=_member, args=(work, rank, processes, port, arguments)))
+        found.append(context.Process(target=_member, args=(work, rank, processes, ports, arguments)))
         found[-1].start()
+    port = ports[0].get()
+    for _ in found:
+        ports[1].put(port)
     return found
 
 
-def _member(work, rank, processes, port, arguments):
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _member(work, rank, processes, ports, arguments):
+    if rank == 0:
+        # The system chooses, and the first process keeps it: a port that was only seen to be free may be taken before
+        # the group meets. All find it as they find that of torchrun's agent.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ports[0].put(store.port)
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+    group |= {"MASTER_PORT": ports[1].get(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ.update({k: str(v) for k, v in group.items()})
     for state in (AcceleratorState, GradientState, PartialState):  # of tests that ran before in this process
         state._reset_state()
@@ -162,7 +159,17 @@ def test_processes_train_as_one(folder, alone, processes, names):
                 assert torch.equal(rank["weights"][key], ranks[0]["weights"][key]), f"{name} {key}"
 
 
-def run_verb(rank, options, said):
+def run_verb(rank, options, said, dies=False):
+    if rank and dies:
+        step = ContrastiveTrainer.training_step
+
+        def last_step(*arguments, **keys):
+            # Between two messages: gloo may wait half an hour for the rest of one, and then it is the heartbeat's turn.
+            if list(Path(options["output"] + ".training").glob("checkpoint-*/modelwright.json")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments, **keys)
+
+        ContrastiveTrainer.training_step = last_step
     try:
         TrainContrastive(**{**options, "output": Path(options["output"])}).run(Silent())
     except UserError as error:
@@ -184,19 +191,18 @@ def test_when_a_process_dies_the_other_says_so_and_the_next_run_goes_on(folder, 
         "workers": 0,
         "device": "cpu",
     }
-    ranks, work = start(run_verb, 2, options, str(tmp_path / "said")), tmp_path / "m.training"
+    ranks, work = start(run_verb, 2, options, str(tmp_path / "said"), True), tmp_path / "m.training"
     try:
-        while not list(work.glob("checkpoint-*/modelwright.json")):
-            assert all(rank.is_alive() for rank in ranks)
-            time.sleep(0.02)
-        os.kill(ranks[1].pid, signal.SIGKILL)
-        ranks[0].join(60)
+        ranks[1].join(forked.PATIENCE / 2)
+        assert ranks[1].exitcode == -signal.SIGKILL
+        ranks[0].join(forked.PATIENCE / 2)
         assert ranks[0].exitcode == 0, "it waits for the dead one"
     finally:
         for rank in ranks:
             rank.kill()
     assert "ended" in (tmp_path / "said.0").read_text()
     assert not (tmp_path / "m").exists()
+    assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-3"]
 
     ranks = start(run_verb, 2, options, str(tmp_path / "again"))
     for rank in ranks:
@@ -213,7 +219,7 @@ def test_when_a_process_dies_the_other_says_so_and_the_next_run_goes_on(folder, 
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
 
 
-def hang(rank):
+def hang(rank, ready):
     import torch.distributed as dist
 
     from modelwright.training.heartbeat import Heartbeat
@@ -221,16 +227,17 @@ def hang(rank):
     dist.init_process_group("gloo")
     with Heartbeat(patience=2.5, interval=0.1, grace=0.2):
         dist.barrier()
-        time.sleep(120)  # in something that no error of the network reaches
+        ready.put(rank)
+        time.sleep(250)  # in something that no error of the network reaches
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["keeper of the store", "another"])
 def test_a_process_in_a_wait_that_nothing_interrupts_ends_too(victim, capfd):
-    ranks = start(hang, 2)
-    time.sleep(2.0)
-    assert all(rank.is_alive() for rank in ranks)
+    ready = multiprocessing.get_context("fork").SimpleQueue()
+    ranks = start(hang, 2, ready)
+    assert {ready.get(), ready.get()} == {0, 1}
     os.kill(ranks[victim].pid, signal.SIGSTOP if victim else signal.SIGKILL)
-    ranks[1 - victim].join(60)
+    ranks[1 - victim].join(120)
     code = ranks[1 - victim].exitcode
     ranks[victim].kill()
     assert code == 1

@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import Trainer, TrainingArguments
 
+from forked import PATIENCE
 from modelwright.models.loading import save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.progress import Silent
@@ -104,7 +105,8 @@ def spawn(tmp_path, dispatch):
     for one in members:
         one.start()
     for one in members:
-        one.join(300)
+        one.join(PATIENCE)
+    assert [one.exitcode for one in members] == [0, 0], "it hangs"
     errors = "".join(p.read_text() for p in tmp_path.glob("*.error"))
     assert not errors
 

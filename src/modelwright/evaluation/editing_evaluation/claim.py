@@ -49,7 +49,7 @@ VARIANTS = {
 class Setting:
     """Sizes of one scale: the testbed, where to measure (few, half, all), tests of an ability, edits of the tuning,
     facts on which MEND and SERAC are trained, how many settings of each method are tried, and steps of those trainings
-    if not the settings' own.
+    if not the settings' own, and ordinary texts on which predictions are compared.
     """
 
     testbed: FactModelSetting
@@ -59,6 +59,7 @@ class Setting:
     taught: int
     tried: int = 4
     learning: int | None = None
+    neutral: int = 30
 
 
 SETTINGS = {
@@ -66,7 +67,7 @@ SETTINGS = {
         FactModelSetting(
             people=16, companies=6, cities=8, countries=5, hidden=16, intermediate=32, layers=3, steps=3, batch=8
         ),
-        (1, 2, 3), 1, 1, 3, 1, 3,
+        (1, 2, 3), 1, 1, 3, 1, 3, 3,
     ),
     "cpu": Setting(FactModelSetting(), (10, 50, 100), 40, 10, 30),
     "gpu": Setting(
@@ -172,7 +173,7 @@ def sequence(
     layout = Layout(kind="qa", new_tokens=5)
     run = SequentialEditing(
         model=bed.model, tokenizer=bed.tokenizer, editor=fact_editor(name, options, bed, taught), requests=requests,
-        checkpoints=checkpoints, batch_size=batch, neutral=ordinary(bed, "neutral", 30), layout=layout,
+        checkpoints=checkpoints, batch_size=batch, neutral=ordinary(bed, "neutral", setting.neutral), layout=layout,
     )  # fmt: skip
 
     def targets(state: Any) -> dict[str, float]:
