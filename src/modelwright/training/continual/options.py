@@ -17,6 +17,8 @@ Tuning = Literal["full", "lora", "inc-lora", "o-lora"]
 class ContinualOptions(RunOptions):
     """Options of a stream. Lengths (``steps``, ``epochs``) are those of each task; defaults are the MIGU paper's.
 
+    The learning rate is that of its full fine-tuning; with adapters the paper, O-LoRA's code and the command take 1e-3.
+
     Attributes:
         tuning: ``full``: all weights. ``lora``: one adapter for all tasks. ``inc-lora``: a new adapter for each task,
             the earlier ones merged. ``o-lora``: the same, and the new A kept orthogonal to the earlier ones (arXiv
