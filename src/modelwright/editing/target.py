@@ -39,7 +39,7 @@ class Optimisation:
     """Constants of the optimisation; the defaults are those of ROME on Llama-2-7B in HalluEditBench.
 
     Attributes:
-        steps: Steps of Adam at most.
+        steps: Steps of Adam at most. (The published code takes one less than it is told: its last pass only looks.)
         lr: Its learning rate.
         stop_loss: A request is done, without a further step, when its loss is below this.
         nll_factor: Weight of the targets' negative log-likelihood (PMET names it; 1 everywhere).
