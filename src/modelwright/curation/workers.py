@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_watching: list[int] = []
-
 
 def in_processes(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
     """Yields ``function(*call)`` for every call, in order; a few calls ahead are at work at any time.
@@ -29,19 +27,17 @@ def in_processes(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], w
         return
     import joblib
 
-    pool = joblib.Parallel(n_jobs=workers, backend="loky", return_as="generator")
-    yield from pool(joblib.delayed(_watched)(os.getpid(), function, *call) for call in calls)
+    parent = os.getpid()
+    pool = joblib.Parallel(workers, "loky", return_as="generator", initializer=_watch, initargs=(parent,))
+    yield from pool(joblib.delayed(function)(*call) for call in calls)
 
 
-def _watched(parent: int, function: Callable[..., T], *arguments: Any) -> T:
-    if parent not in _watching:
-        _watching.append(parent)
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    return function(*arguments)
+def _watch(parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    # A parent that was killed cannot stop its workers, which would wait minutes for more work.
+    # A parent that was killed cannot stop its workers, which would wait minutes for work, also for their first.
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
