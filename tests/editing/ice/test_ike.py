@@ -9,10 +9,12 @@ from editing.small_facts import TOKENIZER, requests, trained, word_tokenizer
 from modelwright.editing import EditRequest, load_edit, make_editor
 from modelwright.editing.ice import IKE
 from modelwright.editing.ice import editor as module
-from modelwright.editing.ice.editor import examples_of
+from modelwright.editing.ice.editor import KINDS, examples_of, quotas
 from modelwright.editing.sentences import sentence_vectors, text_limit
 from modelwright.editing.serac import SeracParts
 from modelwright.errors import UserError
+from modelwright.evaluation.asking import Layout
+from modelwright.evaluation.editing_evaluation import SequentialEditing
 from modelwright.evaluation.editors import describe, writes_prompt
 from modelwright.models.loading import save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
@@ -31,20 +33,20 @@ def shown(tmp_path):
 
 def test_a_fact_is_copied_updates_its_paraphrases_and_leaves_others():
     assert examples_of(FACTS[0], FACTS[1:]) == [
-        "New Fact: Ada lives in Oslo\nPrompt: Ada lives in Oslo\n\n",
-        "New Fact: Ada lives in Oslo\nPrompt: The home of Ada is Oslo\n\n",
-        "New Fact: Ada lives in Oslo\nPrompt: Bob lives in Oslo\n\n",
+        ("copy", "New Fact: Ada lives in Oslo\nPrompt: Ada lives in Oslo\n\n"),
+        ("update", "New Fact: Ada lives in Oslo\nPrompt: The home of Ada is Oslo\n\n"),
+        ("retain", "New Fact: Ada lives in Oslo\nPrompt: Bob lives in Oslo\n\n"),
     ]
     same = EditRequest("{} was born in", "Ada", "Kiev", old_answer="Rome")
     unknown = EditRequest("{} lives in", "Bob", "Kiev")
-    assert examples_of(FACTS[0], [same, unknown, FACTS[2]])[-1].endswith("Prompt: Cid lives in Kiev\n\n")
+    assert examples_of(FACTS[0], [same, unknown, FACTS[2]])[-1][1].endswith("Prompt: Cid lives in Kiev\n\n")
     assert len(examples_of(FACTS[0], [same, unknown])) == 2
 
 
 def test_the_nearest_examples_stand_before_the_fact_the_nearest_last(shown):
     model = trained()
-    edit = IKE(demonstrations=shown, number=5).fit(model, TOKENIZER, FACTS[:1])
-    texts = [text for i, r in enumerate(FACTS[1:]) for text in examples_of(r, FACTS[i + 2 :] + FACTS[1 : i + 1])]
+    edit = IKE(demonstrations=shown, number=5, quota=None).fit(model, TOKENIZER, FACTS[:1])
+    texts = [text for i, r in enumerate(FACTS[1:]) for _, text in examples_of(r, FACTS[i + 2 :] + FACTS[1 : i + 1])]
 
     @torch.no_grad()
     def alone(text):
@@ -57,6 +59,53 @@ def test_the_nearest_examples_stand_before_the_fact_the_nearest_last(shown):
     assert edit.details["similarities"] == pytest.approx([scores[i] for i in wanted], abs=1e-5)
     assert edit.prompt("Who?") == "".join(texts[i] for i in wanted) + "New Fact: Ada lives in Oslo\nPrompt: Who?"
     assert not any("New Fact: Ada" in text for text in edit.demonstrations)
+
+
+def test_of_each_kind_the_nearest_are_taken_by_the_papers_quota(shown):
+    """16 are 2, 6 and 8; of the 7 facts there are 7 of each, so one more of the others fills up."""
+    model = trained()
+    everything = IKE(demonstrations=shown, number=99, quota=None).fit(model, TOKENIZER, FACTS[:1])
+    ranked = list(zip(everything.details["kinds"], everything.demonstrations, strict=True))[::-1]
+    assert len(ranked) == 21
+    for number, counts in ((8, (1, 3, 4)), (16, (3, 6, 7)), (5, (1, 2, 2)), (3, (0, 1, 2)), (30, (7, 7, 7))):
+        edit = IKE(demonstrations=shown, number=number).fit(model, TOKENIZER, FACTS[:1])
+        kinds = edit.details["kinds"]
+        left = [list(quotas([1, 3, 4], number).values())[i] for i in range(3)]
+        wanted = [text for i, name in enumerate(KINDS) for text in [t for k, t in ranked if k == name][: left[i]]]
+        wanted += [text for _, text in ranked if text not in wanted][: number - len(wanted)]
+        assert set(edit.demonstrations) == set(wanted)
+        assert [text for _, text in ranked[::-1] if text in wanted] == list(edit.demonstrations)  # the nearest last
+        assert edit.details["similarities"] == sorted(edit.details["similarities"])
+        if number != 16:
+            assert tuple(kinds.count(name) for name in KINDS) == counts
+    assert quotas([1, 3, 4], 16) == {"copy": 2, "update": 6, "retain": 8}
+    assert quotas([0, 0, 1], 5) == {"copy": 0, "update": 0, "retain": 5}
+    for number in range(1, 40):
+        assert sum(quotas([1, 3, 4], number).values()) == number
+
+
+def test_fits_one_after_the_other_stand_in_a_row_as_if_made_together(shown, tmp_path):
+    model = trained()
+    for editor in (IKE(demonstrations=[shown], number=4), make_editor("ice")):
+        together = editor.fit(model, TOKENIZER, FACTS[:3])
+        run = SequentialEditing(
+            model=model, tokenizer=TOKENIZER, editor=editor, requests=FACTS[:3], checkpoints=[1, 3],
+            neutral=["Therefore a tea . You and I ."], layout=Layout(kind="raw", new_tokens=2),
+            folder=tmp_path / editor.name,
+        )  # fmt: skip
+        for state in run:
+            assert len(state.edits) == 1
+        assert state.prompt("Who?") == together.prompt("Who?")
+        run.restore()
+        loaded = load_edit(tmp_path / editor.name / "states" / "00003")
+        assert loaded.prompt("Who?") == together.prompt("Who?")
+        # A fact that is written anew takes the place of the old one.
+        again = EditRequest(FACTS[0].prompt, FACTS[0].subject, "Kiev")
+        with together.applied(model):
+            anew = editor.fit(model, TOKENIZER, [again])
+        assert anew.requests == (*FACTS[1:3], again)
+        assert anew.holds(together)
+        assert not editor.fit(model, TOKENIZER, FACTS[:1]).holds(together)
 
 
 def test_several_facts_have_a_line_each_and_its_own_prompt_is_never_shown(shown):
@@ -159,6 +208,11 @@ def test_by_the_commands(shown, tmp_path):
 def test_what_is_refused(shown):
     with pytest.raises(UserError, match="number is 0"):
         IKE(number=0)
+    for quota in ([1, 3], [0, 0, 0], [1, -1, 4]):
+        with pytest.raises(UserError, match="three shares"):
+            IKE(quota=quota)
+    assert make_editor("ike", {"quota": "none"}).quota is None
+    assert make_editor("ike", {"quota": "1,1,1"}).quota == [1, 1, 1]
     with pytest.raises(UserError, match="demonstrations=FILE"):
         IKE().fit(trained(), TOKENIZER, FACTS[:1])
     with pytest.raises(UserError, match="about the prompts of the requests themselves"):

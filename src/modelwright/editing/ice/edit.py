@@ -15,7 +15,8 @@ from modelwright.editing.requests import EditRequest
 class ContextEdit(Edit):
     """Facts that :meth:`prompt` puts before a question; the model itself stays as it is, and any model will do.
 
-    With a chat template, the result of :meth:`prompt` is what the user says.
+    With a chat template, the result of :meth:`prompt` is what the user says. One that is fitted with another on the
+    model takes in that one's facts, before its own.
 
     Attributes:
         demonstrations: Texts that show how a new fact is to be used (IKE), the one nearest to the question last; None
@@ -45,6 +46,11 @@ class ContextEdit(Edit):
     def prompt(self, question: str) -> str:
         """Returns the facts, a line each, and then the question."""
         return self.context + question
+
+    def holds(self, other: Edit) -> bool:
+        """See :meth:`Edit.holds`: this one says something to all that the other one does."""
+        known = {request.text for request in self.requests}
+        return isinstance(other, ContextEdit) and known.issuperset(request.text for request in other.requests)
 
     def _put_on(self, model: nn.Module, stack: Any) -> None:
         pass
