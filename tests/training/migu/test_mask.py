@@ -426,7 +426,8 @@ def test_overlap_of_tasks():
     assert set(row_overlap(one, one).values()) == {1.0}
     found = row_overlap(one, two)
     assert found.keys() == one.keys()
-    assert all(0 <= share < 1 for share in found.values())
+    assert all(0 <= share <= 1 for share in found.values())  # a small layer's rows may be the same by chance
+    assert sum(found.values()) / len(found) < 0.8
     layer = "model.layers.1.mlp.gate_proj"
     assert found[layer] == pytest.approx(float((one[layer] & two[layer]).sum() / one[layer].sum()))
     assert not any(m._forward_hooks for m in model.modules())
