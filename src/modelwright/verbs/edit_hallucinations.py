@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,16 @@ class EditHallucinations:
         Path, Arg("File for the items (CSV, JSONL, Parquet).", short="-o", kind="output", filename="items.csv")
     ]
     limit: Annotated[int | None, Arg("Ask only this many questions.")] = None
+    skip_relations: Annotated[
+        list[str],
+        Arg("Relations to leave out, with commas between; vague stands for the benchmark's 31, none for none."),
+    ] = field(default_factory=lambda: ["vague"])
+    min_subject_popularity: Annotated[
+        int, Arg("Leave out facts whose subject_popularity is lower; rows without one stay.")
+    ] = 8
+    min_object_popularity: Annotated[
+        int, Arg("Leave out facts whose object_popularity is lower; rows without one stay.")
+    ] = 5
     tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
     layout: Annotated[
         Literal["auto", "chat", "qa", "raw"], Arg("How to ask; auto is the chat template where there is one, else qa.")
@@ -42,7 +52,8 @@ class EditHallucinations:
         from modelwright.errors import UserError
         from modelwright.evaluation.asking import layout_for
         from modelwright.evaluation.hallueditbench import find_hallucinations
-        from modelwright.evaluation.hallueditbench.questions import general_item, read_facts, single_valued
+        from modelwright.evaluation.hallueditbench.choice import choose_facts
+        from modelwright.evaluation.hallueditbench.questions import general_item, read_facts
         from modelwright.files import check_output
         from modelwright.models.loading import load_model, load_tokenizer
         from modelwright.verbs.evaluate_hallueditbench import load_judge
@@ -52,10 +63,11 @@ class EditHallucinations:
         check_limit(self.limit)
         check_limit(self.batch_size, "--batch-size")
         given = read_facts(self.questions)
-        single = single_valued(given)
-        if not single:
-            raise UserError(f"None of the {len(given)} facts has a single answer: there is nothing to ask.")
-        facts = single[: self.limit]  # only now: a second answer may stand anywhere in the file
+        chosen, left_out = choose_facts(
+            given, without=self._skipped(), subject_popularity=self.min_subject_popularity,
+            object_popularity=self.min_object_popularity,
+        )  # fmt: skip
+        facts = chosen[: self.limit]  # only now: a second answer may stand anywhere in the file
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         layout = layout_for(tokenizer, self.layout, self.new_tokens)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
@@ -73,10 +85,16 @@ class EditHallucinations:
         return {
             "output": str(self.output),
             "questions": len(facts),
-            "left_out": len(given) - len(single),
+            "left_out": left_out,
             "wrong": len(wrong),
             "share_wrong": len(wrong) / len(facts),
             "examples": [
                 {"question": h.question, "right": h.answer, "the model said": h.output} for h in wrong[:5]
             ],
         }  # fmt: skip
+
+    def _skipped(self) -> set[str]:
+        from modelwright.evaluation.hallueditbench.choice import VAGUE
+
+        named = {name.strip() for text in self.skip_relations for name in text.split(",")} - {"", "none"}
+        return (named - {"vague"}) | (VAGUE if "vague" in named else set())

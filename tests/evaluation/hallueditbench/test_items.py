@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import json
 
 import pytest
 
 from modelwright.errors import UserError
 from modelwright.evaluation.asking import Layout
 from modelwright.evaluation.hallueditbench import find_hallucinations, read_items
+from modelwright.evaluation.hallueditbench.choice import VAGUE, choose_facts
 from modelwright.evaluation.hallueditbench.questions import (
     Fact,
     general_item,
@@ -151,6 +153,38 @@ def test_items_of_the_world_go_on_from_the_right_object():
             assert 4 not in item.hops
         if key[1] == "plays":
             assert not item.hops
+
+
+def test_facts_of_vague_relations_and_about_the_little_known_are_left_out(tmp_path):
+    def row(name, relation, subject="", object="", answer="x"):
+        found = {"question": f"{relation} of {name}?", "subject": name, "answer": answer, "relation": relation}
+        return found | {"subject_popularity": subject, "object_popularity": object}
+
+    rows = [
+        row("Bo", "capital", 8, 5.0), row("Ky", "capital", 7, 9), row("Zed", "capital", 9, 4), row("Lu", "capital"),
+        row("Bo", "Flag", 99, 99), row("Bo", "twinned administrative body", 99, 99), row("Bo", "mayor", 9, 9, "y"),
+        row("Bo", "mayor", 1, 1, "z"),
+    ]  # fmt: skip
+    with (tmp_path / "facts.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    facts = read_facts(tmp_path / "facts.csv")
+    assert [f.subject_popularity for f in facts[:4]] == [8, 7, 9, None]
+    # That the mayor's second name stands in an unknown row does not make the first one the answer.
+    chosen, gone = choose_facts(facts)
+    assert [f.question for f in chosen] == ["capital of Bo?", "capital of Lu?"]
+    assert list(gone.values()) == [2, 2, 2]
+    chosen, gone = choose_facts(facts, without=["CAPITAL"], subject_popularity=0, object_popularity=0)
+    assert [f.relation for f in chosen] == ["Flag", "twinned administrative body"]
+    assert list(gone.values()) == [2, 4, 0]
+    with pytest.raises(UserError, match="All 2 facts are left out .2 for 'little known'.: .*--min-subject-popularity"):
+        choose_facts(facts[1:3])
+    assert len(VAGUE) == 31
+    rows[0]["object_popularity"] = "many"
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="bad.jsonl:1: object_popularity is 'many'"):
+        read_facts(tmp_path / "bad.jsonl")
 
 
 def test_a_field_that_no_option_renames_is_asked_for(tmp_path):

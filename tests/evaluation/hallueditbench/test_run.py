@@ -239,7 +239,12 @@ def test_from_facts_to_a_page(folder, tmp_path):
         model=str(folder), questions=[str(tmp_path / "more.jsonl")], output=tmp_path / "more.csv", new_tokens=6, limit=1
     )
     said = more.run(Silent())
-    assert (said["questions"], said["left_out"], said["examples"][0]["question"]) == (1, 2, "Where is Ky?")
+    assert (said["questions"], said["examples"][0]["question"]) == (1, "Where is Ky?")
+    assert list(said["left_out"].values()) == [2, 0, 0]
+    with pytest.raises(UserError, match="All 3 facts are left out .*3 for 'vague relation'"):
+        dataclasses.replace(
+            more, questions=[str(tmp_path / "facts.jsonl")], skip_relations=["vague,Place"], force=True
+        ).run(Silent())
     with pytest.raises(UserError, match="--limit is 0"):
         dataclasses.replace(more, limit=0, force=True).run(Silent())
     with pytest.raises(UserError, match="--batch-size is 0"):

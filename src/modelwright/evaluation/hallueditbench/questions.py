@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ class Fact:
         relation: Name of the relation; facts of one relation lend each other their answers as wrong choices.
         topic: Name of the topic.
         row: Everything else that a file says about it, such as ready questions in the published columns.
+        subject_popularity: How well known the subject is, a count of any kind; None where nobody says.
+        object_popularity: The same of the answer.
     """
 
     question: str
@@ -39,16 +42,19 @@ class Fact:
     relation: str = ""
     topic: str = ""
     row: Mapping[str, Any] | None = None
+    subject_popularity: int | None = None
+    object_popularity: int | None = None
 
 
 def read_facts(sources: str | Path | Sequence[str | Path], limit: int | None = None) -> list[Fact]:
     """Reads facts from files.
 
-    A row has ``question``, ``answer`` (or ``object``) and ``subject``, and may have ``relation``, ``topic`` and the
-    published columns of ready questions.
+    A row has ``question``, ``answer`` (or ``object``) and ``subject``, and may have ``relation``, ``topic``,
+    ``subject_popularity``, ``object_popularity`` and the published columns of ready questions.
 
     Raises:
-        UserError: A row lacks one of the three, or its subject is not in its question (named by file and line).
+        UserError: A row lacks one of the three, its subject is not in its question, or a popularity is no whole number
+            (named by file and line).
     """
     found: list[Fact] = []
     for record in Records(sources, "question", field_option=None):
@@ -71,9 +77,23 @@ def read_facts(sources: str | Path | Sequence[str | Path], limit: int | None = N
                 relation=row.get("relation", ""),
                 topic=row.get("topic", ""),
                 row=row,
+                subject_popularity=_count(row, "subject_popularity", record.where),
+                object_popularity=_count(row, "object_popularity", record.where),
             )
         )
     return found
+
+
+def _count(row: Mapping[str, str], name: str, where: str) -> int | None:
+    if not (text := row.get(name)):
+        return None
+    try:
+        value = float(text)  # a column of a CSV that has gaps is often written as 8.0
+    except ValueError:
+        value = math.nan
+    if not value.is_integer():
+        raise UserError(f"{where}: {name} is {text!r}: give a whole number, or leave the cell empty.")
+    return int(value)
 
 
 def single_valued(facts: Sequence[Fact]) -> list[Fact]:
