@@ -14,7 +14,7 @@ import torch
 from modelwright.cli import main
 from modelwright.cli.from_verb import _parse_pairs, _show
 from modelwright.cli.guard import guarded
-from modelwright.errors import UserError
+from modelwright.errors import UserError, did_you_mean
 from modelwright.verbs import VERBS
 
 MODELWRIGHT = [sys.executable, "-m", "modelwright"]
@@ -114,6 +114,18 @@ def test_a_result_is_shown_with_its_small_tables_and_examples(capsys):
     ]
     assert [line[:15] for line in lines[5:]] == ["  1 | two lines"] * 3
     assert max(map(len, lines)) < 150
+
+
+def test_names_of_weights_are_shown_as_they_are_and_answers_as_sentences(capsys):
+    _show({"change": {"model.layers.0.mlp.down_proj.weight": 0.5, "of_all": 1}, "answers": ["Rare tokens suffer."]})
+    assert capsys.readouterr().out.splitlines() == [
+        "change  model.layers.0.mlp.down_proj.weight 0.5, of all 1", "Rare tokens suffer."
+    ]  # fmt: skip
+
+
+def test_a_sentence_does_not_list_thousands_of_names():
+    assert did_you_mean("zzz", [f"name{i}" for i in range(5000)]).endswith(" and 4,960 more.")
+    assert did_you_mean("zzz", ["b", "a"]) == "known: a, b."
 
 
 def test_a_methods_own_options_stand_apart():

@@ -14,6 +14,10 @@ VERBS = {
     "speculate analyse": {"target": "m", "draft": "m", "prompt": ["a"]},
     "probe token-loss": {"model": "m", "data": ["d.jsonl"], "counts": "c.parquet"},
     "probe memorization": {"model": ["m"], "corpus": ["d.jsonl"]},
+    "edit": {"model": "m", "method": "rome", "requests": ["d.jsonl"]},
+    "edit trace": {"model": "m", "requests": ["d.jsonl"]},
+    "edit hallucinations": {"model": "m", "questions": ["d.jsonl"]},
+    "edit sequence": {"model": "m", "requests": ["d.jsonl"]},
 }
 
 

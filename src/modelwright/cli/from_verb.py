@@ -205,6 +205,8 @@ def _show(result: dict[str, Any]) -> None:
     for key, value in lines.items():
         if value:
             sys.stdout.write(f"{key:<{width}}  {value}\n")
+    for answer in result.get("answers") or []:
+        sys.stdout.write(f"{answer}\n")
     for warning in result.get("warnings") or []:
         sys.stdout.write(f"warning: {warning}\n")
     examples = [e for e in result.get("examples") or [] if isinstance(e, dict)][:3]
@@ -221,7 +223,8 @@ def _shown(value: Any) -> str:
         cells = {str(k): _shown(v) for k, v in value.items() if not isinstance(v, dict)}
         cells = {k: v for k, v in cells.items() if v}
         few = len(cells) <= 8 and len(value) - len(cells) <= 2
-        return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in cells.items()) if few else ""
+        # A name with a dot is one of the model's weights: it stays as it is written in a config or in code.
+        return ", ".join(f"{k if '.' in k else k.replace('_', ' ')} {v}" for k, v in cells.items()) if few else ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

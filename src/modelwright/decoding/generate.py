@@ -200,6 +200,8 @@ def generate(
         UserError: A value makes no sense, or a prompt is too long for the model.
     """
     sampling.check()
+    if batch_size < 1 or samples < 1:
+        raise UserError(f"batch_size and samples must be at least 1, not {batch_size} and {samples}.")
     run = generate_with or model.generate
     padding = _padding(model, tokenizer)
     stops = StoppingCriteriaList([StopStringCriteria(tokenizer, list(sampling.stop))] if sampling.stop else [])

@@ -53,7 +53,7 @@ class SpreadEditor(LocateAndEdit):
         if statistics is None:
             raise UserError(
                 f"{self.name.upper()} needs key statistics of the model: collect them with modelwright edit statistics "
-                f"(KeyStatistics.collect), and give them as statistics=FILE."
+                f"(KeyStatistics.collect), and name the file with --statistics (statistics= in Python)."
             )
         return statistics
 

@@ -12,6 +12,8 @@ from modelwright.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from modelwright.progress import Progress
+
 #: What a chat model is told; the answers are compared with short labels.
 SHORT = "Answer with a short phrase or one word only, without repeating the question and without an explanation."
 #: What it is told before a question with choices.
@@ -122,6 +124,7 @@ def answers(
     batch_size: int = 16,
     new_tokens: int | None = None,
     use_cache: bool = True,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Returns the model's greedy answers to prompts of one layout, cleaned, in their order.
 
@@ -143,6 +146,8 @@ def answers(
     texts = [""] * len(prompts)
     for i, (completion,) in zip(order, found, strict=True):
         texts[i] = clean(completion.text, layout)
+        if progress is not None:
+            progress.advance()
     return texts
 
 

@@ -75,9 +75,8 @@ class EditHallucinations:
         progress.start("questions", len(facts))
         wrong = find_hallucinations(
             model, tokenizer, [f.question for f in facts], [f.answer for f in facts], layout=layout,
-            protocol=self.protocol, judge=judge, batch_size=self.batch_size,
+            protocol=self.protocol, judge=judge, batch_size=self.batch_size, progress=progress,
         )  # fmt: skip
-        progress.advance(len(facts))
         if not wrong:
             raise UserError(f"The model answers all {len(facts)} questions rightly: there is nothing to edit.")
         items = [general_item(facts[h.index], h.output, facts, self.seed) for h in wrong]

@@ -79,6 +79,8 @@ class EditSequence:
 
         if self.output.exists() and not self.output.is_dir():
             raise UserError(f"{self.output} is a file: choose a folder for the output.")
+        if (self.output / "config.json").exists():
+            raise UserError(f"{self.output} is a model's folder: choose another for the output.")
         for value, option in (
             (self.limit, "--limit"),
             (self.edit_batch, "--edit-batch"),
@@ -91,8 +93,11 @@ class EditSequence:
         editors = editors_by_name(self.methods, self.options)
         requests = read_requests(self.requests)
         if checkpoints[-1] > len(requests):
-            raise UserError(f"The last checkpoint is {checkpoints[-1]}, but there are only {len(requests)} requests.")
-        neutral = list(Records(self.neutral).texts())[:64] if self.neutral else _PLAIN
+            raise UserError(
+                f"The last checkpoint is {checkpoints[-1]}, but there are only {len(requests)} requests: give more, or "
+                f"other checkpoints, such as --checkpoints {','.join(map(str, sorted({1, len(requests)})))}."
+            )
+        neutral = list(Records(self.neutral, field_option=None).texts())[:64] if self.neutral else _PLAIN
         with_statistics(editors, self.statistics)
         for editor in editors.values():  # before the first of them has worked for hours
             editor.check(requests[: checkpoints[-1]])

@@ -41,6 +41,7 @@ def test_advice():
     assert said.startswith("Use memit: the model stands at least 50 edits with 95% of them kept")
     assert said.endswith("The others stand: rome 10. Too few facts are written by kn.")
     assert "tune them" in advice({"kn": runs["kn"]})
+    assert "stands 1 edit with" in advice({"rome": [state(0, 0.8), state(1, 0.8), state(10, 0.1)]})
     said = advice({"rome": [state(0, 0.8), state(1, 0.1)], "kn": runs["kn"]})
     assert said == (
         "No editor can be recommended: with rome, some ability falls below 90% of what it was by 1 edit. Too few facts "
@@ -77,7 +78,7 @@ def test_the_command_writes_curves_and_goes_on(folder, tmp_path):
     assert re.search(r"ft-m</th>\s*<td[^>]*>–<", page)
     assert verb.run(Silent()) == said
     verb.checkpoints = ["3"]
-    with pytest.raises(UserError, match="only 2 requests"):
+    with pytest.raises(UserError, match="only 2 requests: give more, or other checkpoints, such as --checkpoints 1,2"):
         verb.run(Silent())
     verb.checkpoints = ["0"]
     with pytest.raises(UserError, match="only checkpoint is 0"):
@@ -85,13 +86,15 @@ def test_the_command_writes_curves_and_goes_on(folder, tmp_path):
     verb.checkpoints = ["x"]
     with pytest.raises(UserError, match="whole numbers such as"):
         verb.run(Silent())
-    verb.kept_share = 3.0
-    with pytest.raises(UserError, match="at most 1"):
-        verb.run(Silent())
     verb.limit = 0
     with pytest.raises(UserError, match="--limit is 0: give at least 1"):
         verb.run(Silent())
-    verb.limit, verb.kept_share = 4, 0.9
+    verb.limit = 4
+    for name, bad, good in (("batch_size", 0, 16), ("kept_share", 2.0, 0.9), ("output", folder, verb.output)):
+        setattr(verb, name, bad)
+        with pytest.raises(UserError, match="at least 1|at most 1|a model's folder"):
+            verb.run(Silent())
+        setattr(verb, name, good)
     verb.checkpoints, verb.methods, verb.options = ["1"], ["ft-m,kn"], {}
     with pytest.raises(UserError, match="has no old_answer"):
         verb.run(Silent())

@@ -19,6 +19,7 @@ from modelwright.evaluation.hallueditbench.questions import (
     world_item,
 )
 from modelwright.models.tiny import byte_tokenizer, tiny_model
+from modelwright.progress import Silent
 from modelwright.worlds.fact_questions import mistaken, truth_of
 from modelwright.worlds.facts import facts
 
@@ -31,6 +32,13 @@ ROW = {
     "locality_question": "What is Sitges for?", "reversed_relation_question": "What is in October?",
     "question_2hop": "What season is it?", "answer_2hop": "Autumn", "question_3hop": "", "answer_3hop": "",
 }  # fmt: skip
+
+
+class Counted(Silent):
+    done = 0
+
+    def advance(self, units=1, note=""):
+        self.done += units
 
 
 def put(path, rows):
@@ -73,13 +81,21 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path):
 def test_topics_are_cut(tmp_path):
     rows = [{**ROW, "subject": f"S{i}", "topic": "ab"[i % 2]} for i in range(6)]
     assert [i.topic for i in read_items(put(tmp_path / "a.csv", rows), per_topic=2)] == ["a", "b", "a", "b"]
+    with pytest.raises(UserError, match="--per-topic is 0: give at least 1"):
+        read_items(tmp_path / "a.csv", per_topic=0)
 
 
 def test_only_what_is_answered_wrongly_is_kept_so_that_nothing_is_right_before():
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     layout = Layout(kind="qa", new_tokens=4)
     questions = ["Who is Bo?", "Where is Ky?", "What is Zed?"]
-    every = find_hallucinations(model, tokenizer, questions, ["zzzz"] * 3, layout=layout)
+    progress = Counted()
+    every = find_hallucinations(
+        model, tokenizer, questions, ["zzzz"] * 3, layout=layout, batch_size=2, progress=progress
+    )
+    assert progress.done == 3
+    with pytest.raises(UserError, match="batch_size and samples must be at least 1"):
+        find_hallucinations(model, tokenizer, questions, ["zzzz"] * 3, layout=layout, batch_size=0)
     assert [h.index for h in every] == [0, 1, 2]
     # A judge that knows the second answer to be right takes it out.
     said = every[1].output

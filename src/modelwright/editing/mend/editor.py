@@ -147,7 +147,7 @@ class MEND(TrainedEditor):
         if self.networks is None or not self.networks.trained():
             raise UserError(
                 "MEND is not trained: train it for this model (`modelwright edit train mend`, or .train in Python) and "
-                "name the folder with trained=."
+                "name the folder with --set trained=FOLDER (trained= in Python)."
             )
 
     def fit(

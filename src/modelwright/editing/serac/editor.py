@@ -108,7 +108,10 @@ class SERAC(TrainedEditor):
         """
         lessons = Lessons(requests, locality, self.seed, self.others)
         if small is None and not self.small:
-            raise UserError("SERAC needs a small model with the same tokenizer as the model: name it (small=).")
+            raise UserError(
+                "SERAC needs a small model with the same tokenizer as the model: name its folder with "
+                "--set small=FOLDER (small= in Python)."
+            )
         small = (small if small is not None else load_model(str(self.small), device="cpu")).to(model.device)
         check_vocabulary(small, tokenizer)
         if self.classifier == "cross" and not self.encoder:
@@ -150,7 +153,7 @@ class SERAC(TrainedEditor):
         if self.parts is None:
             raise UserError(
                 "SERAC is not trained: train it for this model (`modelwright edit train serac`, or .train in Python) "
-                "and name the folder with trained=."
+                "and name the folder with --set trained=FOLDER (trained= in Python)."
             )
 
     def fit(

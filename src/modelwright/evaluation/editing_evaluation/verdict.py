@@ -81,14 +81,18 @@ def advice(runs: Mapping[str, Sequence[Mapping[str, Any]]], kept: float = KEPT) 
         n = min(s["n"] for s in runs[best] if s["n"] > 0)
         return (
             f"No editor can be recommended: with {', '.join(able)}, some ability falls below {kept:.0%} of what it was "
-            f"by {n} {'edit' if n == 1 else 'edits'}.{note}"
+            f"by {_edits(n)}.{note}"
         )
     share = written(runs[best], reached[best]) or 0.0
     last = max(s["n"] for s in runs[best])
     bound = "at least " if reached[best] == last else ""
     said = (
-        f"Use {best}: the model stands {bound}{reached[best]} edits with {share:.0%} of them kept and every ability at "
+        f"Use {best}: the model stands {bound}{_edits(reached[best])} with {share:.0%} of them kept and every ability at "
         f"{kept:.0%} or more of what it was."
     )
     others = [f"{m} {reached[m]}" for m in sorted(able, key=lambda m: -reached[m]) if m != best]
     return said + (f" The others stand: {', '.join(others)}." if others else "") + note
+
+
+def _edits(n: int) -> str:
+    return f"{n} edit" if n == 1 else f"{n:,} edits"

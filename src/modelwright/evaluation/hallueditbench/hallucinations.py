@@ -13,6 +13,8 @@ from modelwright.evaluation.matching import Judge, Protocol, agrees
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from modelwright.progress import Progress
+
 
 @dataclass(frozen=True)
 class Hallucination:
@@ -41,6 +43,7 @@ def find_hallucinations(
     protocol: Protocol = "word",
     judge: Judge | None = None,
     batch_size: int = 16,
+    progress: Progress | None = None,
 ) -> list[Hallucination]:
     """Asks a model questions, greedily, and returns those that it answers wrongly, in their order.
 
@@ -55,6 +58,7 @@ def find_hallucinations(
         protocol: Rule of matching.
         judge: Decides where the rule finds no match.
         batch_size: Questions at once.
+        progress: Counts the questions that were answered.
 
     Raises:
         UserError: There are not as many answers as questions, or an answer is blank.
@@ -66,7 +70,7 @@ def find_hallucinations(
             raise UserError(f"The answer to question {number + 1} is blank, so it cannot be told what is wrong.")
     layout = layout or layout_for(tokenizer)
     prompts = [layout.text(tokenizer, [Turn(question)]) for question in questions]
-    said = answers(model, tokenizer, prompts, layout, batch_size=batch_size)
+    said = answers(model, tokenizer, prompts, layout, batch_size=batch_size, progress=progress)
     return [
         Hallucination(i, question, right, output)
         for i, (question, right, output) in enumerate(zip(questions, answers_, said, strict=True))
