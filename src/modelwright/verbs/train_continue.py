@@ -32,12 +32,15 @@ class TrainContinue:
     replace: Annotated[list[str], Arg("General source whose share the domain takes, such as the web crawl.")] = field(
         default_factory=list
     )
-    probe: Annotated[dict[str, Any], Arg("Questions with choices: name=questions.jsonl. May be repeated.")] = field(
-        default_factory=dict
-    )
-    heldout: Annotated[dict[str, Any], Arg("Held-out documents, for bits per byte: name=texts.jsonl.")] = field(
-        default_factory=dict
-    )
+    probe: Annotated[
+        dict[str, Any],
+        Arg(
+            "What is probed: questions with choices, name=questions.jsonl. This or --heldout is needed. May be repeated."
+        ),
+    ] = field(default_factory=dict)
+    heldout: Annotated[
+        dict[str, Any], Arg("What is probed: held-out documents, for bits per byte, name=texts.jsonl.")
+    ] = field(default_factory=dict)
     compare: Annotated[
         list[str],
         Arg(

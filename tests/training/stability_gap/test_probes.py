@@ -85,3 +85,8 @@ def test_a_model_that_knows_answers_all_and_long_questions_are_refused():
 def test_bits_per_byte_is_that_of_evaluation():
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     assert BitsPerByte(["some text"], tokenizer)(model) == bits_per_byte(model, tokenizer, ["some text"])
+
+
+def test_a_file_without_questions_is_told_what_to_rename(tmp_path):
+    with pytest.raises(UserError, match="rename the field that holds it to 'prompt'"):
+        read_items(write(tmp_path / "q.jsonl", [{"text": "no question"}]))

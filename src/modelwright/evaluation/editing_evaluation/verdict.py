@@ -87,8 +87,8 @@ def advice(runs: Mapping[str, Sequence[Mapping[str, Any]]], kept: float = KEPT) 
     last = max(s["n"] for s in runs[best])
     bound = "at least " if reached[best] == last else ""
     said = (
-        f"Use {best}: the model stands {bound}{_edits(reached[best])} with {share:.0%} of them kept and every ability at "
-        f"{kept:.0%} or more of what it was."
+        f"Use {best}: the model stands {bound}{_edits(reached[best])} with {share:.0%} of them kept and every ability "
+        f"at {kept:.0%} or more of what it was."
     )
     others = [f"{m} {reached[m]}" for m in sorted(able, key=lambda m: -reached[m]) if m != best]
     return said + (f" The others stand: {', '.join(others)}." if others else "") + note

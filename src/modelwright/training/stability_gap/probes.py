@@ -45,7 +45,7 @@ def read_items(path: str | Path) -> list[Item]:
         UserError: A field is missing, or the answer is none of the choices.
     """
     found = []
-    for record in Records(str(path), text_field=_prompt_field(path)):
+    for record in Records(str(path), text_field=_prompt_field(path), field_option=None):
         choices: Any = next((record.row[n] for n in _CHOICES if n in record.row), None)
         answer: Any = next((record.row[n] for n in _ANSWERS if n in record.row), None)
         keys: list[str] = [chr(65 + i) for i in range(26)]
