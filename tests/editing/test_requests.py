@@ -95,12 +95,6 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path):
     assert len(read_requests(path, limit=4)) == 4
 
 
-def test_files_without_a_request_are_named(tmp_path):
-    (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"^There are no requests in \S*none.jsonl: give at least one.$"):
-        read_requests([tmp_path / "none.jsonl"])
-
-
 def test_an_empty_list_of_answers_is_none():
     row = {"prompt": "{} is in", "subject": "Rome", "target": "Gaul"}
     assert EditRequest.from_dict({**row, "ground_truth": []}).old_answer is None

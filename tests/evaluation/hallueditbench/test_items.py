@@ -81,8 +81,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path):
 def test_topics_are_cut(tmp_path):
     rows = [{**ROW, "subject": f"S{i}", "topic": "ab"[i % 2]} for i in range(6)]
     assert [i.topic for i in read_items(put(tmp_path / "a.csv", rows), per_topic=2)] == ["a", "b", "a", "b"]
-    with pytest.raises(UserError, match="--per-topic is 0: give at least 1"):
-        read_items(tmp_path / "a.csv", per_topic=0)
+
 
 
 def test_only_what_is_answered_wrongly_is_kept_so_that_nothing_is_right_before():
@@ -94,7 +93,7 @@ def test_only_what_is_answered_wrongly_is_kept_so_that_nothing_is_right_before()
         model, tokenizer, questions, ["zzzz"] * 3, layout=layout, batch_size=2, progress=progress
     )
     assert progress.done == 3
-    with pytest.raises(UserError, match="batch_size and samples must be at least 1"):
+    with pytest.raises(UserError, match="batch size must be at least 1"):
         find_hallucinations(model, tokenizer, questions, ["zzzz"] * 3, layout=layout, batch_size=0)
     assert [h.index for h in every] == [0, 1, 2]
     # A judge that knows the second answer to be right takes it out.

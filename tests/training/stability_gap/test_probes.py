@@ -88,5 +88,5 @@ def test_bits_per_byte_is_that_of_evaluation():
 
 
 def test_a_file_without_questions_is_told_what_to_rename(tmp_path):
-    with pytest.raises(UserError, match="rename the field that holds it to 'prompt'"):
+    with pytest.raises(UserError, match="no field 'prompt'.*Each row needs it"):
         read_items(write(tmp_path / "q.jsonl", [{"text": "no question"}]))
