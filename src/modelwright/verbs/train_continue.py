@@ -34,13 +34,11 @@ class TrainContinue:
     )
     probe: Annotated[
         dict[str, Any],
-        Arg(
-            "Probe questions with choices, name=questions.jsonl. This or --heldout is needed; may be repeated."
-        ),
+        Arg("Probe questions with choices, name=questions.jsonl. This or --heldout is needed; may be repeated."),
     ] = field(default_factory=dict)
-    heldout: Annotated[
-        dict[str, Any], Arg("Probe held-out documents, for bits per byte, name=texts.jsonl.")
-    ] = field(default_factory=dict)
+    heldout: Annotated[dict[str, Any], Arg("Probe held-out documents, for bits per byte, name=texts.jsonl.")] = field(
+        default_factory=dict
+    )
     compare: Annotated[
         list[str],
         Arg(

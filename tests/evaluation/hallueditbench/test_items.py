@@ -83,7 +83,6 @@ def test_topics_are_cut(tmp_path):
     assert [i.topic for i in read_items(put(tmp_path / "a.csv", rows), per_topic=2)] == ["a", "b", "a", "b"]
 
 
-
 def test_only_what_is_answered_wrongly_is_kept_so_that_nothing_is_right_before():
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     layout = Layout(kind="qa", new_tokens=4)
