@@ -185,6 +185,7 @@ def main() -> None:
     # Nothing that a step starts may read the orders or write among the events.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # of one that is killed, too, it can be read
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(orders, jobs), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
