@@ -75,7 +75,7 @@ class Packed:
         grouped = codes.view(_grouped((batch, heads, segments, length, size), self.group_size, self.along))
         axis = -2 if self.along == "tokens" else -1
         # Not one fused operation: whether that rounds once or twice may depend on how many segments there are.
-        grouped.mul_(self.scale.float().unsqueeze(axis)).add_(self.minimum.float().unsqueeze(axis))
+        grouped.mul_(self.scale.unsqueeze(axis)).add_(self.minimum.unsqueeze(axis))
         return codes.view(batch, heads, segments * length, size).to(dtype)
 
     def chunks(self) -> list[tuple[int, Packed]]:
