@@ -158,6 +158,39 @@ def test_killed_search_continues(tmp_path):
         cross_entropy_search(SPACE, separable, journal=journal)
 
 
+def test_a_journal_replaces_no_file_of_another_kind(tmp_path):
+    notes = tmp_path / "notes.txt"
+    for content in ("my only notes", "{", "né"):  # without an end of line, as an editor may leave it
+        notes.write_text(content + "x")
+        with pytest.raises(UserError, match="not the journal"):
+            cross_entropy_search(SPACE, separable, journal=notes)
+        assert notes.read_text() == content + "x"
+    with pytest.raises(UserError, match="is a folder"):
+        cross_entropy_search(SPACE, separable, journal=tmp_path)
+    # A run that was killed within its first line leaves the beginning of one.
+    whole = tmp_path / "whole.jsonl"
+    cross_entropy_search(SPACE, separable, rounds=1, journal=whole)
+    for cut in (0, 9):
+        notes.write_bytes(whole.read_bytes()[:cut])
+        cross_entropy_search(SPACE, separable, rounds=1, journal=notes)
+        assert notes.read_bytes() == whole.read_bytes()
+
+
+def test_a_journal_holds_any_text(tmp_path):
+    """Ends of lines that only Unicode knows, and half a character, as a file's name may have it."""
+    journal, values = tmp_path / "j.jsonl", ("a\u2028b", "c\x85d", "e\ud800")
+
+    def score(setting):
+        if setting["t"] == values[0]:
+            raise ValueError("no file \udcff")
+        return float(values.index(setting["t"]))
+
+    space = {"t": Choice(values)}
+    first = cross_entropy_search(space, score, rounds=2, on_error="skip", journal=journal)
+    again = cross_entropy_search(space, lambda s: 1 / 0, rounds=2, on_error="skip", journal=journal)
+    assert (again.tried, again.failures) == (first.tried, first.failures)
+
+
 def test_an_objective_that_fails(tmp_path):
     def fails(setting):
         if setting["a"] == "x":
@@ -166,6 +199,9 @@ def test_an_objective_that_fails(tmp_path):
 
     with pytest.raises(UserError, match=r"failed at a=.*on_error='skip'"):
         cross_entropy_search(SPACE, fails)
+    with pytest.raises(UserError) as raised:
+        cross_entropy_search(SPACE, lambda s: {}["width"])
+    assert isinstance(raised.value.__cause__, KeyError)  # with the lines of the objective in its traceback
     result = cross_entropy_search(SPACE, fails, rounds=4, on_error="skip", journal=tmp_path / "j.jsonl")
     assert result.best["a"] in "zw"
     assert result.failures == sum(s["a"] in "xy" for s, _ in result.tried) > 0

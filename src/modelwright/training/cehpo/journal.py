@@ -29,11 +29,15 @@ class Journal:
         head = json.loads(json.dumps({"search": search}, default=repr))
         if self.path is None:
             return
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a folder: name a file for the journal.")
         if self.path.exists():
-            whole = self.path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]  # the last line of a killed run may be cut
+            content = self.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]  # the last line of a killed run may be cut
             try:
-                lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+                if not whole and not _line(head).startswith(content.decode("utf-8")):
+                    raise ValueError("neither a line nor the beginning of one")
+                lines = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
                 found = lines[0] if lines else head
                 self._lines = lines[1:]
             except (ValueError, UnicodeDecodeError) as error:
@@ -72,4 +76,9 @@ class Journal:
     def _append(self, line: Mapping[str, Any], mode: str = "a") -> None:
         if self.path is not None:
             with self.path.open(mode, encoding="utf-8") as file:
-                file.write(json.dumps(line, default=repr, ensure_ascii=False) + "\n")
+                file.write(_line(line))
+
+
+def _line(content: Mapping[str, Any]) -> str:
+    """Returns a line of ASCII: so it has no other ends of lines within, and no half of a character."""
+    return json.dumps(content, default=repr) + "\n"

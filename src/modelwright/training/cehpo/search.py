@@ -20,6 +20,8 @@ from modelwright.training.cehpo.space import Space, check_space
 
 Setting = dict[str, Any]
 Objective = Callable[[Setting], float]
+#: Score, what went wrong or nothing, and the exception where it is at hand.
+_Outcome = tuple[float, str, Exception | None]
 
 
 @dataclass(frozen=True)
@@ -232,12 +234,12 @@ class _Evaluator:
             if i < len(replayed):
                 score, failure = replayed[i]
             else:
-                score, failure = next(outcomes)
+                score, failure, cause = next(outcomes)
                 if failure and self.on_error == "raise":
                     raise UserError(
                         f"The objective failed at {_shown(setting)}: {failure}. Mend it, or pass on_error='skip' "
                         f"to count such settings as the worst."
-                    )
+                    ) from cause
                 self.journal.write(setting, score, failure)
             if failure:
                 self.failures += 1
@@ -278,22 +280,29 @@ def _shown(setting: Mapping[str, Any]) -> str:
     )
 
 
-def _try(objective: Objective, setting: Setting) -> tuple[float, str]:
-    """Returns a score and no failure, or -inf and what went wrong."""
+def _try(objective: Objective, setting: Setting) -> _Outcome:
+    """Returns a score and no failure, or -inf, what went wrong, and the exception if it was one."""
     try:
         score = float(objective(dict(setting)))
     except Exception as error:
-        return -math.inf, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    return (score, "") if math.isfinite(score) else (-math.inf, f"the score is {score}")
+        lines = str(error).splitlines() or ["no message"]
+        return -math.inf, f"{type(error).__name__}: {lines[0]}", error
+    return (score, "", None) if math.isfinite(score) else (-math.inf, f"the score is {score}", None)
 
 
-def _in_parallel(objective: Objective, settings: Sequence[Setting], workers: int) -> Iterator[tuple[float, str]]:
+def _try_apart(objective: Objective, setting: Setting) -> _Outcome:
+    """Does so in a process of its own, out of which not every exception can be sent."""
+    score, failure, _ = _try(objective, setting)
+    return score, failure, None
+
+
+def _in_parallel(objective: Objective, settings: Sequence[Setting], workers: int) -> Iterator[_Outcome]:
     if workers == 1 or len(settings) < 2:
         return (_try(objective, setting) for setting in settings)
     from joblib import Parallel, delayed
 
     return iter(
-        Parallel(n_jobs=workers, return_as="generator")(delayed(_try)(objective, setting) for setting in settings)
+        Parallel(n_jobs=workers, return_as="generator")(delayed(_try_apart)(objective, setting) for setting in settings)
     )
 
 
