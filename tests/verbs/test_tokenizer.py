@@ -29,6 +29,21 @@ def test_trains(data, tmp_path, options):
     assert 0 < result["bits_per_character"] < 5
 
 
+@pytest.mark.parametrize("method", ["bpe", "swe"])
+def test_a_vocabulary_smaller_than_asked_for_is_spoken_of(data, tmp_path, method):
+    class Said(Silent):
+        text = ""
+
+        def message(self, text):
+            self.text += text
+
+    for size in (270, 4000):
+        said = Said()
+        verb = load_verb("tokenize train")(data=data, output=tmp_path / str(size), vocab_size=size, method=method)
+        found = verb.run(said)["vocab_size"]
+        assert (f"has {found} tokens, not 4,000" in said.text) == (found < size) == (size == 4000)
+
+
 def test_options_of_another_method_are_refused(data, tmp_path):
     verb = load_verb("tokenize train")
     for options in ({"refine": "em"}, {"prune_from": 300}):

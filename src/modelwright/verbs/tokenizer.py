@@ -61,6 +61,11 @@ class TrainTokenizer:
 
         progress.start("train tokenizer")
         tokenizer = self._train(texts(), progress)
+        if len(tokenizer) < self.vocab_size:
+            progress.message(
+                f"The vocabulary has {len(tokenizer):,} tokens, not {self.vocab_size:,}: the text has no more pairs to "
+                f"merge that are seen {self.min_frequency} times. Give more text, or a smaller vocab_size."
+            )
         sampled = sum(len(text.encode()) for text in sample)
         measured = fit(tokenizer, sample)
         with atomic_path(self.output, self.force) as partial:
