@@ -61,7 +61,7 @@ def candidates(place: Place) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         ((name, values),) = options.items()
         return [{"layer": layer, name: value} for layer in both for value in values]
 
-    mend = {"rank": 64, "steps": 300, "eval_every": 100}
+    mend = {"rank": 64, "steps": 600, "eval_every": 100, "learning_rate": 1e-4}
     serac = {"steps": 600, "eval_every": 200, "accumulate": 5}
     rome = [{**token, **one} for one in layers(clamp=(1.0, 4.0))]
     return {
@@ -71,11 +71,11 @@ def candidates(place: Place) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         "rome": ("rome", rome),
         "rome-c": ("rome", [{**one, "key": "mean", "ridge": 0.01, "statistics": True} for one in rome]),
         "memit": ("memit", [{**least, "weight": w, "clamp": c} for w in (1e3, 1e4) for c in (1.0, 4.0)]),
-        "pmet": ("pmet", [{**least, "weight": w, "clamp": c} for w in (1e2, 1e3) for c in (1.0, 4.0)]),
-        "kn": ("kn", [{"threshold": t, "scale": s} for t in (0.2, 0.5) for s in (2.0, 8.0)]),
+        "pmet": ("pmet", [{**least, "weight": w, "clamp": 4.0, "decay": d} for w in (1e2, 1e3) for d in (0.5, 1e-3)]),
+        "kn": ("kn", [{"embeddings": e, "scale": s} for e in ("input", "output") for s in (2.0, 8.0)]),
         "mend": (
             "mend",
-            [{**mend, "learning_rate": lr, "locality_weight": w} for lr in (1e-6, 1e-5) for w in (1.0, 10.0)],
+            [{**mend, "rate_learning_rate": lr, "locality_weight": w} for lr in (1e-5, 1e-4) for w in (10.0, 100.0)],
         ),
         "grace": ("grace", layers(radius=(1.0, 4.0))),
         "serac": ("serac", [{**serac, "learning_rate": lr, "threshold": t} for lr in (3e-4, 1e-3) for t in (0.5, 0.8)]),
