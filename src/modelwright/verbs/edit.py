@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from modelwright.options import Arg
 from modelwright.progress import Progress
+from modelwright.verbs import arguments
 
 
 @dataclass(kw_only=True)
@@ -18,7 +19,7 @@ class EditModel:
     `modelwright_edits`: `modelwright edit revert` takes them off to the last bit.
     """
 
-    model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
+    model: arguments.Model
     method: Annotated[str, Arg("Editor, such as rome, memit, pmet, ft-m, lora, ice or grace.")]
     requests: Annotated[
         list[str],
@@ -37,10 +38,10 @@ class EditModel:
         dict[str, Any], Arg("An option of the editor, such as layer=5 (see its page, or modelwright show METHOD).")
     ] = field(default_factory=dict)
     limit: Annotated[int | None, Arg("Use only this many of the facts.")] = None
-    tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
-    dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    tokenizer: arguments.Tokenizer = None
+    dtype: arguments.Dtype = "auto"
+    device: arguments.Device = "auto"
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace the output.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:
@@ -116,11 +117,11 @@ class EditModel:
 class EditApply:
     """Put saved edits on a model and write it as an ordinary checkpoint; another model than theirs is refused."""
 
-    model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
+    model: arguments.Model
     edit: Annotated[list[str], Arg("Folder of an edit, in the order of their fits. May be repeated.", kind="input")]
     output: Annotated[Path, Arg("Model folder to write.", short="-o", kind="output", filename="model")]
-    dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    dtype: arguments.Dtype = "auto"
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace the output.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class EditRevert:
     model: Annotated[str, Arg("Folder that modelwright edit or edit apply wrote.", kind="input")]
     output: Annotated[Path, Arg("Model folder to write.", short="-o", kind="output", filename="model")]
     all: Annotated[bool, Arg("Take all edits off.")] = False
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace the output.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 
 from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
+from modelwright.verbs import arguments
 
 
 @dataclass(kw_only=True)
 class EditHallucinations:
     """Find the facts that a model gets wrong, and write each as an item with the questions that test an edit of it."""
 
-    model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
+    model: arguments.Model
     questions: Annotated[
         list[str], Arg("Facts with question, answer and subject: JSONL, CSV, Parquet, folders.", kind="input")
     ]
@@ -32,18 +33,16 @@ class EditHallucinations:
     min_object_popularity: Annotated[
         int, Arg("Leave out facts whose object_popularity is lower; rows without one stay.")
     ] = 5
-    tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
-    layout: Annotated[
-        Literal["auto", "chat", "qa", "raw"], Arg("How to ask; auto is the chat template where there is one, else qa.")
-    ] = "auto"
-    new_tokens: Annotated[int, Arg("Tokens of an answer at most.")] = 16
+    tokenizer: arguments.Tokenizer = None
+    layout: arguments.Layout = "auto"
+    new_tokens: arguments.NewTokens = 16
     protocol: Annotated[Literal["word", "paper"], Arg("Match whole words, or substrings as the paper.")] = "word"
-    judge: Annotated[str | None, Arg("Model that decides where the rule finds no match.", kind="input")] = None
+    judge: arguments.Judge = None
     seed: Annotated[int, Arg("Decides choices and locality questions.")] = 0
     batch_size: Annotated[int, Arg("Questions at once.", kind="run")] = 16
-    dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    dtype: arguments.Dtype = "auto"
+    device: arguments.Device = "auto"
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace existing outputs.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:

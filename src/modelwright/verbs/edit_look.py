@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from modelwright.options import Arg
 from modelwright.progress import Progress
+from modelwright.verbs import arguments
 
 
 @dataclass(kw_only=True)
@@ -17,7 +18,7 @@ class EditStatistics:
     A run that was stopped is continued by the same command. A layer takes 4 d_ff² bytes: 0.5 GB in Llama-2-7B.
     """
 
-    model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
+    model: arguments.Model
     data: Annotated[
         list[str], Arg("Text: JSONL, CSV, Parquet, text files, folders, hub ids. May be repeated.", kind="input")
     ]
@@ -30,10 +31,10 @@ class EditStatistics:
     text_field: Annotated[str, Arg("Field that holds the text.")] = "text"
     window: Annotated[int | None, Arg("Longest input in tokens; the model's own, at most 2,048.")] = None
     batch_tokens: Annotated[int, Arg("Tokens at once.", kind="run")] = 4096
-    tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
-    dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    tokenizer: arguments.Tokenizer = None
+    dtype: arguments.Dtype = "auto"
+    device: arguments.Device = "auto"
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace the output.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class EditTrace:
     files, what the model says counts as the answer. Use what it recommends as --set layer=… --set fact_token=….
     """
 
-    model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
+    model: arguments.Model
     requests: Annotated[
         list[str], Arg("Files of facts with prompt and subject, such as known_1000. May be repeated.", kind="input")
     ]
@@ -103,10 +104,10 @@ class EditTrace:
     window: Annotated[int | None, Arg("Neighbouring layers put back together; a fifth of all.")] = None
     seed: Annotated[int, Arg("Seed of the noise.")] = 0
     batch_size: Annotated[int, Arg("Rows at once.", kind="run")] = 64
-    tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
-    dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    tokenizer: arguments.Tokenizer = None
+    dtype: arguments.Dtype = "auto"
+    device: arguments.Device = "auto"
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace the output.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:

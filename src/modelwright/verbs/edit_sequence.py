@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
+from modelwright.verbs import arguments
 
 
 @dataclass(kw_only=True)
@@ -19,7 +20,7 @@ class EditSequence:
     continues a run that was stopped, with the same bits.
     """
 
-    model: Annotated[str, Arg("Model: a folder or a hub id.", kind="input")]
+    model: arguments.Model
     requests: Annotated[list[str], Arg("Facts to write, in this order: JSONL, CSV, JSON.", kind="input")]
     output: Annotated[Path, Arg("Folder to write.", short="-o", kind="output", filename="sequence")]
     methods: Annotated[list[str], Arg("Editors, with commas between.")] = field(
@@ -43,23 +44,19 @@ class EditSequence:
         default_factory=list
     )
     limit: Annotated[int, Arg("Tests of each ability; documents of each task.")] = 100
-    statistics: Annotated[Path | None, Arg("Key statistics for ROME, MEMIT and PMET.", kind="input")] = None
-    options: Annotated[dict[str, Any], Arg("Options of the editors, such as rome.layer=5.")] = field(
-        default_factory=dict
-    )
+    statistics: arguments.Statistics = None
+    options: arguments.EditorOptions = field(default_factory=dict)
     stop_on_collapse: Annotated[bool, Arg("End a method's sequence when the model has collapsed.")] = False
     max_delta_norm: Annotated[float | None, Arg("End it when a layer has changed by more than this share.")] = None
     kept_share: Annotated[float, Arg("An ability counts as kept while it has this share of what it had.")] = 0.9
-    layout: Annotated[
-        Literal["auto", "chat", "qa", "raw"], Arg("How to ask; auto is the chat template where there is one, else qa.")
-    ] = "auto"
-    new_tokens: Annotated[int, Arg("Tokens of an answer at most.")] = 16
-    tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
+    layout: arguments.Layout = "auto"
+    new_tokens: arguments.NewTokens = 16
+    tokenizer: arguments.Tokenizer = None
     seed: Annotated[int, Arg("Seed of the generated abilities.")] = 0
     batch_size: Annotated[int, Arg("Prompts at once.", kind="run")] = 16
-    dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    dtype: arguments.Dtype = "auto"
+    device: arguments.Device = "auto"
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace an existing output of another run.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from modelwright.options import Arg
 from modelwright.progress import Progress
+from modelwright.verbs import arguments
 
 
 @dataclass(kw_only=True)
@@ -35,8 +36,8 @@ class EditTrain:
         dict[str, Any], Arg("An option of the editor, such as steps=5000 (see modelwright show METHOD).")
     ] = field(default_factory=dict)
     dtype: Annotated[str, Arg("Type of the model's weights, such as float32; auto: the checkpoint's.")] = "auto"
-    device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    device: arguments.Device = "auto"
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace the output; discard an unfinished run with other options.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from modelwright.options import Arg, check_limit
 from modelwright.progress import Progress
+from modelwright.verbs import arguments
 
 
 @dataclass(kw_only=True)
@@ -28,27 +29,23 @@ class HalluEditBench:
     )
     published: Annotated[Path | None, Arg("Folder 'results' of the benchmark's repository.", kind="input")] = None
     report: Annotated[Path | None, Arg("HTML page to write.", kind="output", filename="hallueditbench.html")] = None
-    statistics: Annotated[Path | None, Arg("Key statistics for ROME, MEMIT and PMET.", kind="input")] = None
+    statistics: arguments.Statistics = None
     per_topic: Annotated[int | None, Arg("Use only this many items of each topic.")] = None
     turns: Annotated[int, Arg("Turns of the robustness test; 10 in the paper.")] = 0
     sure: Annotated[bool, Arg("With turns: also ask, in a third dialogue, whether the model is sure.")] = False
     protocol: Annotated[
         Literal["word", "paper"], Arg("Whole words and one way of asking for all; or as in the published runs.")
     ] = "word"
-    judge: Annotated[str | None, Arg("Model that decides where the rule finds no match.", kind="input")] = None
-    layout: Annotated[
-        Literal["auto", "chat", "qa", "raw"], Arg("How to ask; auto is the chat template where there is one, else qa.")
-    ] = "auto"
-    new_tokens: Annotated[int, Arg("Tokens of an answer at most.")] = 16
-    options: Annotated[dict[str, Any], Arg("Options of the editors, such as rome.layer=5.")] = field(
-        default_factory=dict
-    )
-    tokenizer: Annotated[str | None, Arg("Tokenizer, if the model's folder has none.", kind="input")] = None
+    judge: arguments.Judge = None
+    layout: arguments.Layout = "auto"
+    new_tokens: arguments.NewTokens = 16
+    options: arguments.EditorOptions = field(default_factory=dict)
+    tokenizer: arguments.Tokenizer = None
     batch_size: Annotated[int, Arg("Questions at once.", kind="run")] = 16
     fit_batch: Annotated[int, Arg("Edits that are fitted together; each is alone on the model.", kind="run")] = 16
-    dtype: Annotated[str, Arg("auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str, Arg("auto, cpu, cuda …", kind="run")] = "auto"
-    trust_remote_code: Annotated[bool, Arg("Run Python code that comes with the model.")] = False
+    dtype: arguments.Dtype = "auto"
+    device: arguments.Device = "auto"
+    trust_remote_code: arguments.TrustRemoteCode = False
     force: Annotated[bool, Arg("Replace existing outputs.", kind="run")] = False
 
     def run(self, progress: Progress) -> dict[str, Any]:
