@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from modelwright.catalog import cards
 from modelwright.cli import main
 from modelwright.cli.from_verb import _parse_pairs, _show
 from modelwright.cli.guard import guarded
+from modelwright.cli.show_method import ShowMethod
 from modelwright.errors import UserError, did_you_mean
+from modelwright.progress import Silent
 from modelwright.verbs import VERBS
 
 MODELWRIGHT = [sys.executable, "-m", "modelwright"]
@@ -126,6 +129,22 @@ def test_names_of_weights_are_shown_as_they_are_and_answers_as_sentences(capsys)
 def test_a_sentence_does_not_list_thousands_of_names():
     assert did_you_mean("zzz", [f"name{i}" for i in range(5000)]).endswith(" and 4,960 more.")
     assert did_you_mean("zzz", ["b", "a"]) == "known: a, b."
+
+
+def test_a_verb_says_what_the_longer_ones_that_begin_with_it_do():
+    shown = " ".join(modelwright("edit", "--help").stdout.split())
+    assert "edit revert Take the last edit, or all, off an edited checkpoint" in shown
+
+
+def test_a_method_is_shown_with_the_options_that_a_command_takes():
+    shown = modelwright("show", "rome").stdout
+    assert "Options of rome: --set option=VALUE" in shown
+    assert "  steps [25]: " in shown
+    (part,) = json.loads(modelwright("show", "decore", "--json").stdout)["options"]
+    assert part["given"] == "--with 'decore: {option: VALUE}'"
+    assert {k: v for k, v in part["options"][1].items() if k != "help"} == {"option": "top", "default": 20}
+    for name in cards():
+        ShowMethod(name=name).run(Silent())
 
 
 def test_a_methods_own_options_stand_apart():

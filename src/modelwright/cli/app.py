@@ -54,6 +54,10 @@ def _of_class(load: Callable[[], Any]) -> Entry:
     return Entry(lambda: build_command(load()), lambda: inspect.getdoc(load()) or "")
 
 
+def _first_sentence(entry: Entry) -> str:
+    return " ".join(entry.text().split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
+
+
 def _lazy_group(name: str, help_text: str, commands: Mapping[str, Entry]) -> Any:
     """Returns a group whose commands are built when they are asked for.
 
@@ -63,11 +67,8 @@ def _lazy_group(name: str, help_text: str, commands: Mapping[str, Entry]) -> Any
     class LazyGroup(TyperGroup):
         def format_commands(self, ctx: Any, formatter: Any) -> None:
             # The inherited one builds every command with all its options, to show one line of each.
-            rows = [
-                (n, " ".join(entry.text().split("\n\n")[0].split())) for n, entry in commands.items() if " " not in n
-            ]
             with formatter.section("Commands"):
-                formatter.write_dl([(n, text.split(". ")[0].rstrip(".") + ".") for n, text in rows])
+                formatter.write_dl([(n, _first_sentence(entry)) for n, entry in commands.items() if " " not in n])
 
         def list_commands(self, ctx: Any) -> list[str]:
             return [name for name in commands if " " not in name]
@@ -78,7 +79,7 @@ def _lazy_group(name: str, help_text: str, commands: Mapping[str, Entry]) -> Any
             command = commands[cmd_name].build()
             command.name = cmd_name
             if longer := [other for other in commands if other.startswith(cmd_name + " ")]:
-                command.epilog = f"Also: {', '.join(f'{name} {other}' for other in longer)} (each with --help)."
+                command.also = tuple((other, _first_sentence(commands[other])) for other in longer)
             return command
 
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:

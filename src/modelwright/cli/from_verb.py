@@ -173,12 +173,27 @@ def build_command(
     return typer.main.get_command(app)
 
 
+class _Command(TyperCommand):
+    """A command whose help ends with the longer commands that begin with its name.
+
+    Attributes:
+        also: Each of them and what it does.
+    """
+
+    also: tuple[tuple[str, str], ...] = ()
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        if self.also:
+            with formatter.section("Also (each with --help)"):
+                formatter.write_dl(list(self.also))
+
+
 def _sections(own: set[str], fixed: dict[str, Any]) -> type[TyperCommand]:
     """Returns a command class whose help lists a method's own options apart from those that all methods have."""
     if not own:
-        return TyperCommand
+        return _Command
 
-    class Sectioned(TyperCommand):
+    class Sectioned(_Command):
         def format_options(self, ctx: Any, formatter: Any) -> None:
             common: list[Any] = []
             special: list[Any] = []

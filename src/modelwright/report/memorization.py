@@ -71,7 +71,7 @@ def _percent(value: float | None, digits: int = 1) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
 
 
 def _p(value: float | None) -> str:
@@ -104,16 +104,13 @@ def _shares_figure(models: Mapping[str, Any], names: Mapping[str, str]) -> str:
 def _counts(models: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     rows = []
     for name, model in models.items():
-        cells = [f"{model['memorized']:,}"]
+        rows.append({"label": names[name], "cells": [f"{model['memorized']:,}", "100%", "–"]})
         for category in _CATEGORIES:
             found = model["categories"][category]
             rate = model["sample_categories"][category]["rate"]
-            cells += [f"{found['memorized']:,}", _percent(found["share_of_memorized"]), _percent(rate)]
-        rows.append({"label": names[name], "cells": cells})
-    columns = ["memorised"]
-    for category in _CATEGORIES:
-        columns += [category, "of memorised", "its rate"]
-    return {"columns": columns, "rows": rows}
+            cells = [f"{found['memorized']:,}", _percent(found["share_of_memorized"]), _percent(rate)]
+            rows.append({"label": f"{names[name]}: {category}", "cells": cells})
+    return {"columns": ["memorised", "of memorised", "its rate"], "rows": rows}
 
 
 def _model(key: str, name: str, model: Mapping[str, Any], mask: re.Pattern[str] | None) -> dict[str, Any]:

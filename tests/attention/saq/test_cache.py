@@ -303,7 +303,8 @@ def test_kivi_is_the_staircase_of_two_levels():
         ({"segment_length": 100}, "100 tokens cannot be cut into groups of 32"),
         (
             {"group_size": 32},
-            "have 8 channels, which groups of 32 do not divide: give a group_size that does, such as 8",
+            "have 8 channels, which groups of 32 do not divide: give a group_size that does, such as 8 "
+            r"\(--cache 'NAME: {group_size: 8}'\)",
         ),
         ({"levels": (16, 2, 4)}, "must fall with age"),
         ({"levels": (16, 4, 4)}, "must fall with age"),

@@ -98,6 +98,8 @@ def test_the_page_escapes_the_corpus_and_shows_each_class(done):
     assert "&lt;b&gt;All rig" in page
     for category in ("recitation", "reconstruction", "recollection"):
         assert re.search(f"<summary>{category}: .* \\([1-9] shown", page)
+        # A row for each class: beside each other they were wider than the page.
+        assert re.search(f": {category}</th>(<td[^>]*>[^<]*</td>\\s*){{3}}</tr>", re.sub(r">\s+<", "><", page))
     assert page.count("<svg") >= 2
     assert "Her code is" in page
 

@@ -210,9 +210,10 @@ def check_model(config: PreTrainedConfig, group_size: int) -> None:
         )
     size = int(getattr(config, "head_dim", None) or config.hidden_size // (heads or 1))
     if size % group_size:
+        good = _divisor(size, group_size)
         raise UserError(
             f"Heads of {name} have {size} channels, which groups of {group_size} do not divide: give a group_size that "
-            f"does, such as {_divisor(size, group_size)}."
+            f"does, such as {good} (--cache 'NAME: {{group_size: {good}}}')."
         )
 
 
