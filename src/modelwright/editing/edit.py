@@ -105,7 +105,7 @@ class Edit(ABC):
     """
 
     changes_weights: ClassVar[bool] = False
-    reads_rows: ClassVar[bool] = False
+    reads_rows: bool = False
     kind: ClassVar[str]
     touched: tuple[str, ...] = ()
 

@@ -3,10 +3,11 @@ import torch
 
 from modelwright.editing.checkpoint import says_target
 from modelwright.editing.edit import load_edit
-from modelwright.editing.examples import make_examples, target_loss
+from modelwright.editing.examples import answer_logits, make_examples, target_loss
 from modelwright.editing.grace import GRACE, Codebook, Entry, GraceEdit
 from modelwright.editing.requests import EditRequest
 from modelwright.errors import UserError
+from modelwright.evaluation.editing_evaluation.abilities import continuation_scores
 from modelwright.models.roles import roles
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 
@@ -149,6 +150,32 @@ def test_the_other_rules_ask_at_the_last_real_token(rule, side):
     assert hit[0][real].all()
     if rule == "prompt" and side == "right":
         assert not hit[0, n:].any()
+
+
+@pytest.mark.parametrize("rule", ["all", "prompt", "last"])
+def test_answers_are_scored_as_they_are_generated_whatever_the_rule(rule):
+    """The answer must not be what asks for the prompt, nor the padding of a batch."""
+    model = tiny_model("llama")
+    requests = [FREE, EditRequest("{}\n", "Ruritania", "S")]
+    edit = GRACE(radius=RADIUS, replace=rule).fit(model, TOKENIZER, requests)
+    assert edit.reads_rows == (rule != "last")
+    prompts = [
+        TOKENIZER(text)["input_ids"] for text in [*(r.text for r in requests), "a longer text that is not edited"]
+    ]
+    with edit.applied(model):
+        said = [
+            model.generate(torch.tensor([ids]), max_new_tokens=n, do_sample=False, pad_token_id=0)[0, len(ids) :]
+            for ids, n in zip(prompts, (4, 2, 3), strict=True)
+        ]
+        pairs = [(ids, answer.tolist()) for ids, answer in zip(prompts, said, strict=True)]
+        for i, found in answer_logits(model, pairs):
+            assert found.argmax(-1).tolist() == pairs[i][1]
+        assert TOKENIZER.decode(said[0])[0] == "Z"
+        assert says_target(model, TOKENIZER, requests) == [True, True]
+        # A target of several tokens: the prompt's value counts though the target's last token is nobody's.
+        texts = [(FREE.text, "Z and more"), ("something else", "x")]
+        together = continuation_scores(model, TOKENIZER, texts)
+        assert together == pytest.approx([continuation_scores(model, TOKENIZER, [t])[0] for t in texts], abs=1e-4)
 
 
 def test_rules_differ_in_what_they_replace():

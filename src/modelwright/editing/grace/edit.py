@@ -23,7 +23,7 @@ class GraceEdit(HookEdit):
     With the rule ``last`` every token, of a prompt or generated, asks for itself, so the result does not depend on the
     cache, on padding, or on what shares the batch. With ``prompt`` and ``all`` the last real token of a *call* asks for
     that call's tokens, so they depend on how a text is cut into calls: in ``generate`` with a cache that is the prompt,
-    then token by token.
+    then token by token. Answers that are only scored come in a call of their own, behind the prompt.
 
     A codebook that was fitted with another on the model holds that one's records too; while both are on, only the
     later one answers.
@@ -51,6 +51,7 @@ class GraceEdit(HookEdit):
         self.codebook = codebook
         self.layer = layer
         self.rule: Rule = rule
+        self.reads_rows = rule != "last"
         self.suspended = False
 
     def delete(self, request: EditRequest | str) -> None:

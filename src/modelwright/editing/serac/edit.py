@@ -40,7 +40,7 @@ class SeracEdit(HookEdit):
     """
 
     kind: ClassVar[str] = "serac"
-    reads_rows: ClassVar[bool] = True
+    reads_rows = True
 
     def __init__(
         self,
