@@ -6,6 +6,7 @@
 A random model of Llama's shape whose caches are filled with drawn keys and values, so that no prompt need be read; then
 each cache decodes the same number of tokens, turn by turn, and they grow alike. On a GPU also the attention of one
 layer alone: torch's SDPA in bfloat16 over plain states, and packed states by the Triton kernel and by torch.
+transformers' own quantised cache takes part where its backend is installed, the package optimum-quanto.
 Targets: at 32,768 tokens at least 3.5 times smaller than 16 bits, scales and minima included; on a CPU at least 80% of
 the plain cache's decoding speed.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
 
 from modelwright.attention.saq import KiviCache, StaircaseQuantizedCache, staircase_bytes
 from modelwright.attention.saq.layer import StaircaseLayer
@@ -45,6 +47,14 @@ CACHES: dict[str, Callable[[Any], Cache]] = {
     "kivi-2": lambda config: KiviCache(config, 2),
     "kivi-4": lambda config: KiviCache(config, 4),
 }
+if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
+    CACHES |= {
+        # Its defaults, but for as many tokens that are not quantised as the others keep.
+        f"quanto-{bits}": lambda config, bits=bits: QuantizedCache(  # type: ignore[misc]
+            "quanto", config, nbits=bits, residual_length=128
+        )
+        for bits in (2, 4)
+    }
 
 
 def build(name: str, longest: int, gpu: bool) -> LlamaForCausalLM:
@@ -72,6 +82,16 @@ def filled(model: LlamaForCausalLM, kind: str, tokens: int) -> Cache:
     return cache
 
 
+def quanto_bytes(cache: Any) -> int:
+    """Bytes of transformers' quantised cache: packed numbers, scales, shifts, and what is not quantised."""
+    size = 0
+    for layer in cache.layers:
+        for packed in (layer._quantized_keys, layer._quantized_values):
+            size += packed._data._data.nbytes + packed._scale.nbytes + packed._shift.nbytes
+        size += layer.keys.nbytes + layer.values.nbytes
+    return size
+
+
 def wait(gpu: bool) -> float:
     if not gpu:
         # One thread's processor time: the same as wall time on an idle machine, and fair on a busy one.
@@ -89,8 +109,12 @@ def decoding(model: LlamaForCausalLM, tokens: int, steps: int, repeats: int, gpu
     elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     for kind, cache in caches.items():
         plain = isinstance(cache, DynamicCache)
-        size = tokens * elements * model.dtype.itemsize if plain else cache.memory_bytes()  # type: ignore[attr-defined]
-        found[kind]["bytes"] = size
+        if isinstance(cache, QuantizedCache):
+            found[kind]["bytes"] = quanto_bytes(cache)
+        else:
+            found[kind]["bytes"] = (
+                tokens * elements * model.dtype.itemsize if plain else cache.memory_bytes()  # type: ignore[attr-defined]
+            )
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     seconds: dict[str, list[float]] = {kind: [] for kind in CACHES}
     gc.disable()
