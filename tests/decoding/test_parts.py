@@ -58,6 +58,7 @@ def test_order_and_name():
         (["string:{window: 64}"], "."),
         (["string", "string: {window: 3}"], "'string' is given twice"),
         (["string: {window: [}"], "not valid YAML"),
+        (["my-model"], "my-model is a model's folder, not a decoding method: give it with --model."),
         (["no-such.yaml"], "no-such.yaml does not exist"),
         (["3"], "must name a method"),
         ([""], "must name a method"),
@@ -67,6 +68,8 @@ def test_order_and_name():
 )
 def test_what_is_wrong_is_one_sentence(given, sentence, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "my-model" / "config.json").write_text("{}")
     with pytest.raises(UserError) as error:
         read_parts(given)
     assert sentence in str(error.value)

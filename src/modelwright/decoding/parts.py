@@ -360,6 +360,8 @@ def _part(
     known = [part for kind in kinds for part in catalog.provided(kind)]
     kinds = tuple(kind for kind in kinds if wanted in catalog.provided(kind))
     if not kinds:
+        if (Path(name) / "config.json").is_file():
+            raise UserError(f"{where}{name} is a model's folder, not a {what}: give it with --model.")
         raise UserError(f"{where}'{name}' is no {what}: {did_you_mean(wanted, known)}")
     cls = catalog.load(kinds[0], wanted)
     known = [f.name for f in dataclasses.fields(cls) if f.init]

@@ -55,7 +55,10 @@ class Word2VecObjective:
     def __post_init__(self) -> None:
         require("gensim", "word2vec", "training word2vec")
         if (self.analogies is None) == (self.similarity is None):
-            raise UserError("Give either a file of analogies or one of similarities to score by.")
+            raise UserError(
+                "Say what scores the vectors: give either a file of analogies (--analogies) or one of similarities "
+                "(--similarity)."
+            )
         path = Path(self.analogies or self.similarity)  # type: ignore[arg-type]
         if not path.is_file():
             raise UserError(f"{path} does not exist.")
