@@ -1,6 +1,5 @@
 """The callback under Trainer: with accumulation, checkpointing, LoRA, two processes; and resumed."""
 
-import multiprocessing
 import os
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import forked
 from modelwright.errors import UserError
 from modelwright.models.tiny import byte_tokenizer, tiny_model
 from modelwright.probing.fair_lm import TokenCounts, TokenFairnessCallback, count_tokens, learning_speed, measure_rows
@@ -127,13 +127,7 @@ def _member(rank, folder):
 def test_two_processes_measure_as_one(tmp_path):
     from modelwright.probing.fair_lm import TokenLossReport
 
-    context = multiprocessing.get_context("fork")
-    members = [context.Process(target=_member, args=(rank, tmp_path)) for rank in range(2)]
-    for member in members:
-        member.start()
-    for member in members:
-        member.join(120)
-    assert [member.exitcode for member in members] == [0, 0]
+    assert forked.run(_member, 2, tmp_path) == [0, 0]
     model = tiny_model("llama")
     model.load_state_dict(torch.load(tmp_path / "weights.pt"))
     alone = measure_rows(model, HELD).compute()

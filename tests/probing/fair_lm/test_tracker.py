@@ -1,7 +1,6 @@
 """Sums by type: against plain definitions, and the same whatever way the data come."""
 
 import math
-import multiprocessing
 import os
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import forked
 from modelwright.errors import UserError
 from modelwright.models.tiny import tiny_model
 from modelwright.probing.fair_lm import TokenLossReport, TokenLossTracker, frequency_bins, measure_rows
@@ -215,13 +215,7 @@ def _member(rank, folder):
 
 
 def test_two_processes_are_one(tmp_path):
-    context = multiprocessing.get_context("fork")
-    members = [context.Process(target=_member, args=(rank, tmp_path)) for rank in range(2)]
-    for member in members:
-        member.start()
-    for member in members:
-        member.join(60)
-    assert [member.exitcode for member in members] == [0, 0]
+    assert forked.run(_member, 2, tmp_path) == [0, 0]
     whole = TokenLossTracker(30)
     for seed in range(5):
         whole.update(*batch(seed))

@@ -1,7 +1,6 @@
 """Streams end to end: with every baseline, killed anywhere, over processes, from the command line."""
 
 import json
-import multiprocessing
 import os
 import traceback
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from forked import kill_when
+import forked
 from modelwright.errors import UserError
 from modelwright.models.loading import load_model, load_tokenizer, save_model
 from modelwright.models.tiny import byte_tokenizer, tiny_model
@@ -266,7 +265,9 @@ def test_a_process_killed_in_the_middle_of_the_stream_ends_the_same(folder, tmp_
     keys = {"with_": ["migu"], "options": {"mode": "param"}, "steps": 40, "save_every": 5}
     work = tmp_path / "m.training"
     for sign in ("state-1", "task-1/checkpoint-*/modelwright.json", "state-2"):
-        kill_when(lambda sign=sign: any(work.glob(sign)), lambda: verb(folder, tmp_path / "m", **keys).run(Silent()))
+        forked.kill_when(
+            lambda sign=sign: any(work.glob(sign)), lambda: verb(folder, tmp_path / "m", **keys).run(Silent())
+        )
         assert not (tmp_path / "m").exists()
     verb(folder, tmp_path / "m", **keys).run(Silent())
     verb(folder, tmp_path / "whole", **keys).run(Silent())
@@ -299,13 +300,7 @@ def _member(rank, folder, keys):
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, name):
     keys = {**VARIANTS[name], "lora_dropout": 0.0, "learning_rate": 1e-3}
     alone = run(**keys)
-    context = multiprocessing.get_context("fork")
-    members = [context.Process(target=_member, args=(rank, tmp_path, {**keys, "batch_size": 2})) for rank in range(2)]
-    for member in members:
-        member.start()
-    for member in members:
-        member.join(200)
-    assert [member.exitcode for member in members] == [0, 0]
+    assert forked.run(_member, 2, tmp_path, {**keys, "batch_size": 2}) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same(first[0], second[0])
     assert first[1] == second[1]

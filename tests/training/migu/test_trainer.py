@@ -1,6 +1,5 @@
 """MIGU under the Trainer: before clipping, with accumulation, over processes, and the same after a resumption."""
 
-import multiprocessing
 import os
 import traceback
 
@@ -11,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+import forked
 from modelwright.errors import UserError
 from modelwright.models.tiny import tiny_model
 from modelwright.training.migu import MIGUConfig, MIGUMask, MIGUTrainer, MIGUTrainerMixin
@@ -192,13 +192,7 @@ def _member(rank, folder, keys):
 def test_two_processes_mask_as_one_on_all_the_data(tmp_path, accumulation):
     alone, weights = train(tmp_path / "out", double(), kind=Kept)
     keys = {"per_device_train_batch_size": 2 // accumulation, "gradient_accumulation_steps": accumulation}
-    context = multiprocessing.get_context("fork")
-    members = [context.Process(target=_member, args=(rank, tmp_path, keys)) for rank in range(2)]
-    for member in members:
-        member.start()
-    for member in members:
-        member.join(120)
-    assert [member.exitcode for member in members] == [0, 0]
+    assert forked.run(_member, 2, tmp_path, keys) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert same_rows(first[0], second[0])
     assert same(first[1], second[1])
