@@ -23,10 +23,23 @@ def _dropped(fault: Any) -> None:
         sys.__unraisablehook__(fault)
         return
     import threading
+    import time
 
-    again = threading.Timer(0.02, os.kill, (os.getpid(), getattr(fault.exc_type, "number", signal.SIGINT)))
-    again.daemon = True
-    again.start()
+    number, main_thread = getattr(fault.exc_type, "number", signal.SIGINT), threading.get_ident()
+
+    def again() -> None:
+        # Raised in here it would be dropped again. Nothing lets go of the interpreter between the look and the kill.
+        while _is_within(sys._current_frames().get(main_thread)):
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=again, daemon=True).start()
+
+
+def _is_within(frame: Any) -> bool:
+    while frame is not None and frame.f_code is not _dropped.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _main() -> None:
