@@ -16,7 +16,7 @@ NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exceptio
 
 
 def ice():
-    return make_editor("ice").fit(None, None, [EditRequest("Where is {}?", "Bo", "Rome")])
+    return make_editor("ice").fit(tiny_model("llama"), None, [EditRequest("Where is {}?", "Bo", "Rome")])
 
 
 def test_layouts():
