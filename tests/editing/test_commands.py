@@ -48,7 +48,9 @@ def run(verb, **options):
 def edit(folder, output, **others):
     return run(
         EditModel, method="memit", requests=[str(folder / "edits.jsonl")], output=output,
-        statistics=str(folder / "keys.safetensors"), **{"model": str(folder / "model"), "set": OPTIONS, **others},
+        **{
+            "model": str(folder / "model"), "statistics": str(folder / "keys.safetensors"), "set": OPTIONS, **others
+        },
     )  # fmt: skip
 
 
@@ -166,6 +168,24 @@ def test_statistics_are_checked_before_the_work(folder, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["k.safetensors"]
     with pytest.raises(UserError, match="exists already"):
         run(EditStatistics, **base)
+
+
+def test_statistics_can_be_collected_on_the_way(folder, tmp_path, monkeypatch):
+    """The one command does what the two do, and keeps what it collected for the next run."""
+    text = str(folder / "text.jsonl")
+    run(EditStatistics, model=str(folder / "model"), data=[text], layers=[0, 1], output=tmp_path / "all.safetensors")
+    edit(folder, tmp_path / "two", statistics=str(tmp_path / "all.safetensors"))
+    result = edit(folder, tmp_path / "one", statistics=text)
+    assert result["statistics"] == str(tmp_path / "one.keys.safetensors")
+    assert same(tmp_path / "one", tmp_path / "two")
+    monkeypatch.setattr("modelwright.editing.statistics._add", None)  # nothing is run through the model again
+    edit(folder, tmp_path / "one", statistics=text, force=True)
+    assert same(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(UserError, match="holds key statistics of other text: choose another file, or delete this one"):
+        edit(folder, tmp_path / "one", statistics=str(folder / "edits.jsonl"), force=True)
+    for missing in ("none.jsonl", "none.safetensors"):
+        with pytest.raises(UserError, match=missing):
+            edit(folder, tmp_path / "three", model="no model is looked at before", statistics=str(tmp_path / missing))
 
 
 def test_on_the_command_line_bad_input_is_a_sentence(folder, tmp_path):

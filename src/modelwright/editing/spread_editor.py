@@ -52,8 +52,8 @@ class SpreadEditor(LocateAndEdit):
     def _needed(self, statistics: Any) -> Any:
         if statistics is None:
             raise UserError(
-                f"{self.name.upper()} needs key statistics of the model: collect them with modelwright edit statistics "
-                f"(KeyStatistics.collect), and name the file with --statistics (statistics= in Python)."
+                f"{self.name.upper()} needs key statistics of the model: name text to collect them from with "
+                f"--statistics, or a file of modelwright edit statistics (in Python, statistics=KeyStatistics.collect)."
             )
         return statistics
 

@@ -58,21 +58,6 @@ def laid_out(requests: Sequence[EditRequest], editor: Editor, layout: Layout) ->
     ]  # fmt: skip
 
 
-def with_statistics(editors: Mapping[str, Editor], path: Path | None) -> None:
-    """Gives key statistics from a file to the editors that take them.
-
-    Raises:
-        UserError: There is no such file.
-    """
-    if path is None:
-        return
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: collect the model's key statistics first, with `edit statistics`.")
-    for editor in editors.values():
-        if hasattr(editor, "statistics"):
-            editor.statistics = str(path)
-
-
 def editors_by_name(names: Sequence[str], options: Mapping[str, Any] | None = None) -> dict[str, Editor]:
     """Makes editors of the catalog; ``all`` stands for the seven of the paper.
 

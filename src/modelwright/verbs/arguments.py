@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from modelwright.options import Arg
@@ -21,5 +20,12 @@ NewTokens = Annotated[int, Arg("Tokens of an answer at most.")]
 Judge = Annotated[str | None, Arg("Model that decides where the rule finds no match.", kind="input")]
 
 # Of verbs that compare editors.
-Statistics = Annotated[Path | None, Arg("Key statistics for ROME, MEMIT and PMET.", kind="input")]
+Statistics = Annotated[
+    str | None,
+    Arg(
+        "Key statistics for ROME, MEMIT and PMET (modelwright edit statistics); or text to collect them from first: a "
+        "million tokens, kept in OUTPUT.keys.safetensors.",
+        kind="input",
+    ),
+]
 EditorOptions = Annotated[dict[str, Any], Arg("Options of the editors, such as rome.layer=5.")]

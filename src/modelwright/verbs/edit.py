@@ -31,9 +31,7 @@ class EditModel:
     ]
     output: Annotated[Path, Arg("Folder to write.", short="-o", kind="output", filename="model")]
     as_delta: Annotated[bool, Arg("Write the edit alone.")] = False
-    statistics: Annotated[
-        str | None, Arg("Key statistics (modelwright edit statistics), for rome, memit and pmet.", kind="input")
-    ] = None
+    statistics: arguments.Statistics = None
     set: Annotated[
         dict[str, Any], Arg("An option of the editor, such as layer=5 (see its page, or modelwright show METHOD).")
     ] = field(default_factory=dict)
@@ -55,6 +53,7 @@ class EditModel:
         from modelwright.editing import make_editor, read_requests
         from modelwright.editing.checkpoint import save_edited, says_target
         from modelwright.editing.edit import WeightEdit
+        from modelwright.editing.named_statistics import NamedStatistics
         from modelwright.files import check_output
         from modelwright.models.loading import load_model, load_tokenizer
 
@@ -63,12 +62,14 @@ class EditModel:
         if self.statistics is not None:
             options["statistics"] = self.statistics
         editor = make_editor(self.method, options)
+        statistics = NamedStatistics(self.statistics, [editor], self.output)
         if not self.as_delta and not editor.changes_weights:
             raise self._no_checkpoint()
         requests = read_requests(self.requests, limit=self.limit)
         editor.check(requests)
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+        statistics.collect(model, tokenizer, progress=progress)
         before = says_target(model, tokenizer, requests)
         progress.start(f"{self.method}: {len(requests)} facts", total=len(requests))
         started = time.perf_counter()
@@ -90,6 +91,8 @@ class EditModel:
             save_edited(model, tokenizer, [edit], self.output, source=self.model, force=self.force)
             after = says_target(model, tokenizer, requests, edit=edit)
         result |= {"says_target_after": sum(after), "seconds_per_edit": seconds / len(requests)}
+        if statistics.path is not None:
+            result["statistics"] = str(statistics.path)
         if isinstance(edit, WeightEdit):
             weights = dict(model.named_parameters())
             result["change"] = {n: v / float(weights[n].detach().float().norm()) for n, v in edit.norms().items()}

@@ -63,12 +63,13 @@ class EditSequence:
         """Edits and measures; returns each method's states in short, and which editor to use for how many edits."""
         from modelwright import provenance
         from modelwright.data.records import Records
+        from modelwright.editing.named_statistics import NamedStatistics
         from modelwright.editing.requests import read_requests
         from modelwright.errors import UserError
         from modelwright.evaluation.asking import layout_for
         from modelwright.evaluation.editing_evaluation import SequentialEditing, advice, stands
         from modelwright.evaluation.editing_evaluation.verdict import present
-        from modelwright.evaluation.editors import describe, editors_by_name, laid_out, with_statistics, writes_prompt
+        from modelwright.evaluation.editors import describe, editors_by_name, laid_out, writes_prompt
         from modelwright.files import write_json
         from modelwright.models.loading import describe as describe_model
         from modelwright.models.loading import load_model, load_tokenizer
@@ -95,12 +96,13 @@ class EditSequence:
                 f"other checkpoints, such as --checkpoints {','.join(map(str, sorted({1, len(requests)})))}."
             )
         neutral = list(Records(self.neutral, field_option=None).texts())[:64] if self.neutral else _PLAIN
-        with_statistics(editors, self.statistics)
+        statistics = NamedStatistics(self.statistics, editors.values(), self.output)
         for editor in editors.values():  # before the first of them has worked for hours
             editor.check(requests[: checkpoints[-1]])
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         layout = layout_for(tokenizer, self.layout, self.new_tokens)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+        statistics.collect(model, tokenizer, progress=progress)
         abilities = self._abilities(model, tokenizer, layout)
         if "lm_eval" in abilities and (names := [name for name, e in editors.items() if writes_prompt(e)]):
             raise UserError(

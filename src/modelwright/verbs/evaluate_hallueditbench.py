@@ -67,8 +67,9 @@ class HalluEditBench:
 
     def _measured(self, progress: Progress) -> dict[str, Any]:
         from modelwright import provenance
+        from modelwright.editing.named_statistics import NamedStatistics
         from modelwright.evaluation.asking import layout_for
-        from modelwright.evaluation.editors import describe, editors_by_name, with_statistics, writes_prompt
+        from modelwright.evaluation.editors import describe, editors_by_name, writes_prompt
         from modelwright.evaluation.hallueditbench import SingleEditing, read_items
         from modelwright.evaluation.hallueditbench.items import unique
         from modelwright.models.loading import describe as describe_model
@@ -79,8 +80,9 @@ class HalluEditBench:
         editors = editors_by_name(self.methods, self.options)
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         layout = layout_for(tokenizer, self.layout, self.new_tokens)
-        with_statistics(editors, self.statistics)
+        statistics = NamedStatistics(self.statistics, editors.values(), self.output)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+        statistics.collect(model, tokenizer, progress=progress)
         judge = load_judge(self.judge, self.dtype, self.device)
         loop = SingleEditing(
             editors=editors, layout=layout, protocol=self.protocol, judge=judge, turns=self.turns,
