@@ -187,7 +187,10 @@ def test_every_arm_trains_with_lora_and_equal_tokens(folder):
         ({"select": "perplexitty"}, "did you mean 'perplexity'"),
         ({"frozen_layers": 3, "compare": ["freeze-top"]}, "Freezing 3 of 3 layers would leave none"),
         ({"options": {"min_tokens": 500}}, "No document of the pool has a score"),
-        ({"options": {"min_tokens": 17}, "strict": True, "subset_share": 0.9}, "only .* tokens that can be ranked"),
+        (
+            {"options": {"min_tokens": 17}, "strict": True, "subset_share": 0.9, "epochs": 1},
+            "only .* tokens that can be ranked",
+        ),
         ({"domain": ["all.jsonl"], "heldout": {"all": "all.jsonl"}}, "All 2 documents of the domain hold text"),
         ({"subset_share": 1e-6}, "would have none: give more data, or a larger --subset-share"),
         ({"lora_rank": -1}, "lora_rank is -1"),
@@ -246,6 +249,23 @@ def test_what_a_later_arm_lacks_is_said_before_the_first_is_trained(folder, monk
     with pytest.raises(UserError, match=message):
         verb(folder, folder / "bad", **keys).run(Silent())
     assert not (folder / "bad.training").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"subset_share": 1.5}, "subset_share is 1.5"),
+        ({"subset_share": 0.5, "epochs": 3}, "3 epochs of 0.5 of the budget are more than the budget"),
+        ({"replay": 0.0}, "share of replay must lie between"),
+        ({"frozen_layers": 0}, "frozen_layers is 0"),
+        ({"budget_tokens": 0}, "budget_tokens is 0"),
+    ],
+)
+def test_numbers_that_cannot_fit_are_refused_before_the_ranking(folder, monkeypatch, keys, message):
+    monkeypatch.setattr(module, "find_folder", lambda *a, **k: pytest.fail("the work began"))
+    with pytest.raises(UserError, match=message):
+        verb(folder, folder / "bad", **keys).run(Silent())
 
 
 def test_adapters_begin_the_same_whatever_was_drawn_before():

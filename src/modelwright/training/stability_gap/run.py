@@ -115,6 +115,29 @@ class Continuation:
                 raise UserError(f"There is no arm '{arm}' to compare with: {did_you_mean(arm, ARMS)}")
         return [*dict.fromkeys(a for a in self.compare if a != _RECIPE), _RECIPE]
 
+    def check(self) -> None:
+        """Refuses numbers that no data can make fit, before the ranking.
+
+        Raises:
+            UserError: One of them, named.
+        """
+        for name in ("epochs", "frozen_layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1.")
+        for name in ("budget_tokens", "subset_tokens", "best_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}: give at least 1.")
+        if not 0 < self.replay < 1:
+            raise UserError(f"The share of replay must lie between 0 and 1, not {self.replay}.")
+        if self.subset_tokens is None:
+            if not 0 < self.subset_share <= 1:
+                raise UserError(f"subset_share is {self.subset_share}: give a share above 0 and at most 1.")
+            if self.subset_share * self.epochs > 1 + 1e-9:
+                raise UserError(
+                    f"{self.epochs} epochs of {self.subset_share:g} of the budget are more than the budget: take a "
+                    f"smaller subset or fewer epochs."
+                )
+
 
 def continue_to_folder(
     work: Continuation,
@@ -147,6 +170,7 @@ def continue_to_folder(
     output, progress = Path(output), progress or Silent()
     leader = os.environ.get("RANK", "0") == "0"
     arms = work.arms()
+    work.check()
     check_output(output, force)
     if not work.probes and not work.heldout:
         raise UserError("The gap is measured by probes: give questions (--probe), held-out text (--heldout), or both.")
