@@ -154,3 +154,17 @@ def test_errors():
         KeyStatistics.collect(model, TOKENIZER, [""], [1])
     with pytest.raises(UserError, match="no MLP"):
         KeyStatistics.collect(tiny_model("mamba2"), TOKENIZER, TEXTS, [0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"layers": []}, "at least one layer"),
+        ({"n_tokens": 0}, "one token"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"layers": [9]}, "no layer 9"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        KeyStatistics.collect(tiny_model("llama"), TOKENIZER, ["some text"], **{"layers": [0], **keys})

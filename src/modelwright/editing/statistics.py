@@ -108,6 +108,8 @@ class KeyStatistics:
             check_layer(layer, len(parts.layers))
         if not layers or n_tokens < 1:
             raise UserError("Key statistics need at least one layer and one token.")
+        if batch_tokens < 1:
+            raise UserError(f"batch_tokens is {batch_tokens}: give at least 1.")
         if isinstance(texts, str | Path):
             texts = Records(texts)
         source = texts.fingerprint() if isinstance(texts, Records) else None
