@@ -12,7 +12,7 @@ from modelwright import catalog
 SOURCE = Path(catalog.__file__).parent
 REPOSITORY = SOURCE.parents[1]
 FLOORS = [
-    {"errors", "files", "options", "progress", "provenance", "catalog", "values", "__init__"},
+    {"errors", "files", "options", "progress", "provenance", "catalog", "values", "processes", "__init__"},
     {"kernels", "data", "worlds", "models"},
     set(catalog.STAGES),
     {"verify", "recipes", "report", "verbs"},

@@ -13,9 +13,9 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 
 from modelwright.curation.selector import SelectorMixin
-from modelwright.curation.workers import in_processes
 from modelwright.errors import UserError
 from modelwright.options import Arg
+from modelwright.processes import in_processes
 
 _TOKEN = re.compile(r"\w+|[^\w\s]+")
 #: Added to every probability before the logarithm, as in the official code.

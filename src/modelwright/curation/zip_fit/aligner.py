@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from modelwright.curation.workers import in_processes
 from modelwright.curation.zip_fit.compressors import make_compressor
 from modelwright.curation.zip_fit.ncd import as_bytes, ncd_of_sizes
 from modelwright.curation.zip_fit.pair_sizes import Engine, PairSizes, sizes_in_process
 from modelwright.errors import UserError
+from modelwright.processes import in_processes
 
 _BLOCK_DOCUMENTS = 128
 _BLOCK_BYTES = 1 << 20

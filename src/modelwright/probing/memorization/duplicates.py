@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from modelwright.errors import UserError, require
+from modelwright.processes import in_processes
 
 Engine = Literal["auto", "compiled", "numpy"]
 #: Multiplier of the polynomial: odd, and far from small powers.
@@ -227,12 +228,10 @@ def _each(table: _Queries, calls: list[Any], workers: int, compiled: bool) -> It
         look = _lookup(table, compiled)
         yield from (_count(table, look, *call) for call in calls)
         return
-    import joblib
-
     # A share of blocks for each process, so that its table is made once; large arrays reach it as mapped files.
     shares = [calls[i::workers] for i in range(workers) if calls[i::workers]]
-    pool = joblib.Parallel(n_jobs=len(shares), backend="loky", return_as="generator_unordered")
-    yield from pool(joblib.delayed(_share)(table, share, compiled) for share in shares)
+    calls_of_shares = ((table, share, compiled) for share in shares)
+    yield from in_processes(_share, calls_of_shares, len(shares), in_order=False)
 
 
 def _share(table: _Queries, calls: list[Any], compiled: bool) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Scoring blocks of documents in other processes, in order, with none left over afterwards."""
+"""Work on many pieces in other processes, with none left over afterwards."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def in_processes(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """Yields ``function(*call)`` for every call, in order; a few calls ahead are at work at any time.
+def in_processes(
+    function: Callable[..., T], calls: Iterable[tuple[Any, ...]], workers: int, *, in_order: bool = True
+) -> Iterator[T]:
+    """Yields ``function(*call)`` for every call; a few calls ahead are at work at any time.
 
     The processes are kept for the next use, need no ``if __name__ == "__main__"``, and end when this one does, however
     it ends.
@@ -21,6 +23,7 @@ def in_processes(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], w
         function: A function of a module.
         calls: Its arguments, picklable.
         workers: Processes; with 1, everything happens here.
+        in_order: Whether results come in the order of the calls, or as they are ready.
     """
     if workers <= 1:
         yield from (function(*call) for call in calls)
@@ -28,7 +31,8 @@ def in_processes(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], w
     import joblib
 
     parent = os.getpid()
-    pool = joblib.Parallel(workers, "loky", return_as="generator", initializer=_watch, initargs=(parent,))
+    kind = "generator" if in_order else "generator_unordered"
+    pool = joblib.Parallel(workers, "loky", return_as=kind, initializer=_watch, initargs=(parent,))
     yield from pool(joblib.delayed(function)(*call) for call in calls)
 
 
