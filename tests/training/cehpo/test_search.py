@@ -158,6 +158,18 @@ def test_killed_search_continues(tmp_path):
         cross_entropy_search(SPACE, separable, journal=journal)
 
 
+def test_a_journal_that_goes_on_is_not_written_anew(tmp_path, monkeypatch):
+    """A kill in the middle of that would lose the evaluations that it holds."""
+    journal = tmp_path / "search.jsonl"
+    whole = cross_entropy_search(SPACE, separable, rounds=2, journal=journal)
+    kept = journal.read_bytes()
+    journal.write_bytes(kept + b'{"setting": {"a"')
+    monkeypatch.setattr(type(journal), "write_bytes", None)
+    again = cross_entropy_search(SPACE, lambda setting: 1 / 0, rounds=2, journal=journal)
+    assert again.tried == whole.tried
+    assert journal.read_bytes() == kept
+
+
 def test_a_journal_replaces_no_file_of_another_kind(tmp_path):
     notes = tmp_path / "notes.txt"
     for content in ("my only notes", "{", "né"):  # without an end of line, as an editor may leave it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Journal:
                     f"something else: repeat that search, remove the file, or name another."
                 )
             if lines:
-                self.path.write_bytes(whole)
+                os.truncate(self.path, len(whole))  # not written anew: a kill in the middle would lose what is kept
                 return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._append(head, "w")
