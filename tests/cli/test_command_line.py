@@ -143,8 +143,11 @@ def test_a_method_is_shown_with_the_options_that_a_command_takes():
     (part,) = json.loads(modelwright("show", "decore", "--json").stdout)["options"]
     assert part["given"] == "--with 'decore: {option: VALUE}'"
     assert {k: v for k, v in part["options"][1].items() if k != "help"} == {"option": "top", "default": 20}
+    (part,) = json.loads(modelwright("show", "iti", "--json").stdout)["options"]
+    assert [set(row) for row in part["options"][:2]] == [{"option", "help"}, {"option", "default", "help"}]
+    assert "  layers: Layers with adapters" in modelwright("show", "lora").stdout
     for name in cards():
-        ShowMethod(name=name).run(Silent())
+        json.dumps(ShowMethod(name=name).run(Silent())["options"])
 
 
 def test_a_methods_own_options_stand_apart():

@@ -27,7 +27,10 @@ _KINDS = {
 
 
 def _options(card: Card) -> list[dict[str, Any]]:
-    """Returns the options of each part of a method: the part's name, how one is given, and the options themselves."""
+    """Returns the options of each part of a method: the part's name, how one is given, and the options themselves.
+
+    An option that must be given has no default.
+    """
     found = []
     for kind, given in _KINDS.items():
         for name in card.provides.get(kind, {}):
@@ -40,7 +43,8 @@ def _options(card: Card) -> list[dict[str, Any]]:
                     continue
                 factory = field.default_factory
                 default = field.default if factory is dataclasses.MISSING else factory()
-                rows.append({"option": field.name, "default": default, "help": arg.help})
+                optional = {} if default is dataclasses.MISSING else {"default": default}
+                rows.append({"option": field.name, **optional, "help": arg.help})
             if rows:
                 found.append({"part": name, "given": given.format(name=name), "options": rows})
     return found
@@ -91,7 +95,7 @@ class ShowMethod:
         for part in card["options"]:
             write(f"\nOptions of {part['part']}: {part['given']}\n")
             for row in part["options"]:
-                set_to = "" if row["default"] in (None, dataclasses.MISSING) else f" [{row['default']}]"
+                set_to = "" if row.get("default") in (None, "", [], ()) else f" [{row['default']}]"
                 line = f"{row['option']}{set_to}: {row['help']}"
                 write(textwrap.fill(line, columns, initial_indent="  ", subsequent_indent="    ") + "\n")
         if card["numbers"]:
