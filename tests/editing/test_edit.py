@@ -291,6 +291,8 @@ def test_folded_edits_have_the_bits_that_they_made(dtype, tmp_path):
             assert same(expected, bits(model))
         assert same(before, bits(model))
     again.apply_(model)
+    with pytest.raises(UserError, match="can be merged"):
+        merge([edit, low_rank(model)])
     with pytest.raises(UserError, match="topmost 3 edits are not all"):
         fold(model, 3)
     revert_all(model)

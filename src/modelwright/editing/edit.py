@@ -348,6 +348,11 @@ class WeightEdit(Edit):
         """Whether it adds to every number of a weight, so that it is as large as the weight."""
         return any(isinstance(delta, Dense) for delta in self.deltas.values())
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether it keeps what a weight becomes, as :func:`fold` makes it, and not what is added."""
+        return any(isinstance(delta, Replacement) for delta in self.deltas.values())
+
     def holds(self, other: Edit) -> bool:
         """See :meth:`Edit.holds`; true of what :func:`fold` made."""
         kept = [name for name, delta in self.deltas.items() if isinstance(delta, Replacement)]
@@ -416,9 +421,9 @@ def merge(edits: Sequence[WeightEdit]) -> WeightEdit:
     Factors are laid side by side, so the rank is the sum of the ranks. The sums are those of the stack up to rounding.
 
     Raises:
-        UserError: There is none, or one of them changes no weights.
+        UserError: There is none, or one of them adds to no weights: it changes none, or :func:`fold` made it.
     """
-    if not edits or not all(isinstance(edit, WeightEdit) for edit in edits):
+    if not edits or not all(isinstance(edit, WeightEdit) and not edit.is_folded for edit in edits):
         raise UserError("Only edits that add to weights can be merged: give at least one, and no other kind.")
     deltas: dict[str, Delta] = {}
     for edit in edits:
