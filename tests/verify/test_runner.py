@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import psutil
@@ -203,6 +204,24 @@ def test_ctrl_c_while_a_worker_starts_leaves_none(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_claim(toys.claim(toys.slow, prepare=None), "cpu", [1], 1, Silent(), cache=tmp_path)
     assert not [child for child in active_children() if child.name == "seed-1"]
+
+
+def test_workers_that_have_ended_are_let_go(tmp_path, monkeypatch):
+    """Each holds a file open, and a claim may have more seeds and variants than a process may have files."""
+    from multiprocessing.context import SpawnProcess
+
+    real, started, held = SpawnProcess.start, [], []
+
+    def noted(self):
+        real(self)
+        started.append(weakref.ref(self))
+        held.append(sum(process() is not None for process in started))
+
+    monkeypatch.setattr(SpawnProcess, "start", noted)
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    run_claim(toys.claim(toys.slow, prepare=None), "cpu", [1, 2, 3], 1, Silent(), cache=tmp_path)
+    assert len(held) == 3
+    assert held[-1] <= 2
 
 
 def test_changed_code_is_not_mixed_with_kept_seeds(tmp_path, monkeypatch):

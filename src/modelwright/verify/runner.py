@@ -301,9 +301,8 @@ def _run_jobs(pickled: bytes, jobs: Sequence[Job], workers: int, label: str, pro
     if kept := len(jobs) - len(waiting):
         progress.advance(kept, "kept from the run before")
     running: dict[Any, tuple[Job, Any]] = {}
-    started: list[
-        Any
-    ] = []  # noted before they start: Ctrl-C may come at any moment, and Python waits for them at its end
+    # Noted before they start: Ctrl-C may come at any moment, and Python waits for them at its end.
+    started: list[Any] = []
     pipes: list[Connection] = []
     try:
         while waiting or running or pipes:
@@ -326,6 +325,7 @@ def _run_jobs(pickled: bytes, jobs: Sequence[Job], workers: int, label: str, pro
                     continue
                 job, process = running.pop(ready)
                 process.join()
+                started.remove(process)  # it would keep a file open
                 if not job.result.exists():
                     _raise_failure(job, process.exitcode)
                 progress.advance(1, job.name.replace("-", " "))
