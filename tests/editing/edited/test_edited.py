@@ -10,6 +10,7 @@ from modelwright.decoding.generate import Sampling, generate
 from modelwright.decoding.parts import read_parts
 from modelwright.editing import make_editor
 from modelwright.editing.edit import edits_on
+from modelwright.editing.edited.options import EditedOptions
 from modelwright.errors import UserError
 from modelwright.models.loading import save_model
 from modelwright.progress import Silent
@@ -105,3 +106,15 @@ def test_faults(folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["asked.jsonl", "model", "other"]
     with pytest.raises(UserError, match="given twice"):
         read_parts([folder / "memit", {"edited": {"edit": [str(folder / "ice")]}}])
+
+
+def test_facts_that_a_later_edit_took_in_are_told_once(tmp_path):
+    model = trained()
+    first = make_editor("ice", {}).fit(model, TOKENIZER, ASKED[:1])
+    with first.applied(model):
+        second = make_editor("ice", {}).fit(model, TOKENIZER, ASKED[1:2])
+    alone = make_editor("ice", {}).fit(model, TOKENIZER, ASKED[2:3])
+    for name, edit in {"first": first, "second": second, "alone": alone}.items():
+        edit.save(tmp_path / name)
+    options = EditedOptions(edit=[str(tmp_path / name) for name in ("first", "second", "alone")])
+    assert options.prompt("Why?") == alone.prompt(second.prompt("Why?"))

@@ -48,9 +48,10 @@ class EditedOptions:
         return any(type(edit).prompt is not Edit.prompt for edit in self.edits)
 
     def prompt(self, text: str) -> str:
-        """Returns what to give to the model instead of a prompt."""
-        for edit in self.edits:
-            text = edit.prompt(text)
+        """Returns what to give to the model instead of a prompt; an edit that a later one took in says nothing more."""
+        for number, edit in enumerate(self.edits):
+            if not any(later.holds(edit) for later in self.edits[number + 1 :]):
+                text = edit.prompt(text)
         return text
 
     @contextlib.contextmanager
