@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from modelwright import catalog
 from modelwright.editing import Editor, KeyStatistics, load_edit, make_editor
 from modelwright.editing.edit import base_fingerprint
 from modelwright.editing.fingerprint import model_fingerprint
+from modelwright.editing.named_statistics import NamedStatistics
 from modelwright.editing.pmet import PMET
 from modelwright.errors import UserError
 from modelwright.models.loading import load_model, load_tokenizer, save_model
@@ -186,6 +188,9 @@ def test_statistics_can_be_collected_on_the_way(folder, tmp_path, monkeypatch):
     for missing in ("none.jsonl", "none.safetensors"):
         with pytest.raises(UserError, match=missing):
             edit(folder, tmp_path / "three", model="no model is looked at before", statistics=str(tmp_path / missing))
+    monkeypatch.chdir(tmp_path)
+    kept = NamedStatistics(text, [], Path()).path
+    assert kept == tmp_path.with_name(f"{tmp_path.name}.keys.safetensors")
 
 
 def test_on_the_command_line_bad_input_is_a_sentence(folder, tmp_path):

@@ -38,7 +38,8 @@ class NamedStatistics:
             return
         if not str(given).endswith(".safetensors"):
             self._records = Records(str(given))
-            self.path = output.with_name(output.name + ".keys.safetensors")
+            beside = output if output.name else output.resolve()  # "." has no name
+            self.path = beside.with_name(beside.name + ".keys.safetensors")
         elif not Path(given).is_file():
             raise UserError(
                 f"{given} does not exist: give a file that modelwright edit statistics wrote, or text to collect key "
