@@ -102,7 +102,6 @@ class EditSequence:
         tokenizer = load_tokenizer(self.tokenizer or self.model, trust_remote_code=self.trust_remote_code)
         layout = layout_for(tokenizer, self.layout, self.new_tokens)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
-        statistics.collect(model, tokenizer, progress=progress)
         abilities = self._abilities(model, tokenizer, layout)
         if "lm_eval" in abilities and (names := [name for name, e in editors.items() if writes_prompt(e)]):
             raise UserError(
@@ -118,6 +117,7 @@ class EditSequence:
             )
             for name, editor in editors.items()
         }  # fmt: skip
+        statistics.collect(model, tokenizer, progress=progress)  # now that nothing is left to be refused
         runs: dict[str, list[dict[str, Any]]] = {}
         stopped: dict[str, str] = {}
         for name, sequence in sequences.items():

@@ -82,12 +82,12 @@ class HalluEditBench:
         layout = layout_for(tokenizer, self.layout, self.new_tokens)
         statistics = NamedStatistics(self.statistics, editors.values(), self.output)
         model = load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
-        statistics.collect(model, tokenizer, progress=progress)
         judge = load_judge(self.judge, self.dtype, self.device)
         loop = SingleEditing(
             editors=editors, layout=layout, protocol=self.protocol, judge=judge, turns=self.turns,
             sure=self.sure, batch_size=self.batch_size, fit_batch=self.fit_batch,
         )  # fmt: skip
+        statistics.collect(model, tokenizer, progress=progress)
         kept = self.output.with_name(self.output.name + ".answers.jsonl")
         rows = loop.rows(model, tokenizer, items, kept=kept, force=self.force, progress=progress)
         settings = {

@@ -121,11 +121,12 @@ def test_the_page_tells_more_editors_apart_than_it_has_colours(tmp_path):
 
 def test_tasks_with_prompts_of_their_own_are_refused_for_facts_in_the_prompt(folder, tmp_path, monkeypatch):
     write_rows(tmp_path / "requests.jsonl", [{"prompt": "Where is Bo? In", "subject": "Bo", "target": "A"}])
+    write_rows(tmp_path / "text.jsonl", [{"text": "Bo is in A. Ky is in B."}])
     verb = EditSequence(
         model=str(folder), requests=[str(tmp_path / "requests.jsonl")], output=tmp_path / "out",
-        methods=["ft-m,ice"], checkpoints=["1"], tasks=["gsm8k"],
+        methods=["memit,ice"], checkpoints=["1"], tasks=["gsm8k"], statistics=str(tmp_path / "text.jsonl"),
     )  # fmt: skip
     monkeypatch.setattr(EditSequence, "_abilities", lambda self, *args: {"lm_eval": lambda state: {}})
     with pytest.raises(UserError, match="the facts of ice cannot be put"):
         verb.run(Silent())
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))  # nor were key statistics collected first, which take long
