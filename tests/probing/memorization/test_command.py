@@ -16,6 +16,7 @@ from modelwright.models.tokenizers import train_bpe
 from modelwright.probing.memorization import Partition, TokenCorpus, audit, part_perplexities, search, summary
 from modelwright.probing.memorization.features import COLUMNS
 from modelwright.progress import Silent
+from modelwright.report.memorization import _number
 from modelwright.verbs.probe_memorization import ProbeMemorization
 
 LENGTH = 24
@@ -90,6 +91,10 @@ def test_the_report_has_models_factors_and_tests(done, made):
     assert {c["metric"] for c in found["prediction"]["comparison"]} >= {"pr_auc", "ece", "f1"}
     assert "recitation" in found["prediction"]["fallbacks"]
     assert found["prediction"]["likelihood_ratio"]
+
+
+def test_numbers_of_the_page_have_no_exponents():
+    assert [_number(value) for value in (None, 1234.5, 999.6, 999.4, 0.123)] == ["–", "1,234", "1,000", "999", "0.123"]
 
 
 def test_the_page_escapes_the_corpus_and_shows_each_class(done):
