@@ -50,16 +50,21 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        (name, suffix)
+        for name in PUBLISHED
+        for suffix in ("jsonl", "json", "csv", "parquet")
+        if (name, suffix) != ("counterfact", "csv")  # its rows are nested
+    ],
+)
 def test_published_rows_are_read_as_they_are(tmp_path, name, suffix):
     row = PUBLISHED[name]
     path = tmp_path / f"edits.{suffix}"
     if suffix == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
     elif suffix == "csv":
-        if name == "counterfact":
-            pytest.skip("nested")
         path.write_text(",".join(row) + "\n" + ",".join(f'"{v}"' for v in row.values()) + "\n")
     else:
         path.write_text(json.dumps(row if suffix == "jsonl" else [row]))

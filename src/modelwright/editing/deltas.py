@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +10,17 @@ from typing import Any
 import torch
 
 
-class Delta:
-    """What is added to one parameter. Shapes are the parameter's own, which Conv1D keeps as (in, out)."""
+class Delta(ABC):
+    """What is done to one parameter. Shapes are the parameter's own, which Conv1D keeps as (in, out)."""
 
     @property
+    @abstractmethod
     def shape(self) -> torch.Size:
         """Shape of the parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self) -> torch.Tensor:
         """Returns the whole addition, in the parameter's layout."""
-        raise NotImplementedError
 
     def norm(self) -> float:
         """Returns its Frobenius norm."""
@@ -40,9 +41,9 @@ class Delta:
         moved = {n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()}
         return from_tensors(described, moved)
 
+    @abstractmethod
     def to_tensors(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Returns a description (JSON) and tensors, from which :func:`from_tensors` makes it again."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +158,10 @@ class Replacement(Delta):
     def shape(self) -> torch.Size:
         """See :class:`Delta`."""
         return self.values.shape
+
+    def dense(self) -> torch.Tensor:
+        """Raises TypeError: what is added depends on what was there."""
+        raise TypeError("A replacement of a weight adds nothing to it that could be told without the weight.")
 
     def norm(self) -> float:
         """See :class:`Delta`."""

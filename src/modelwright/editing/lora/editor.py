@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -47,15 +48,17 @@ class _Adapter(Editor):
         if not 0 <= self.dropout < 1 or not 0 < self.learning_rate < math.inf:
             raise UserError("dropout must be 0 or more and below 1, and learning_rate above 0.")
 
+    @abstractmethod
     def _config(self, targets: list[str], total_steps: int) -> Any:
-        raise NotImplementedError
+        """Returns peft's configuration of the adapters."""
 
+    @abstractmethod
     def _factors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
+        """Returns an adapter's factors (out, rank) and (rank, in), scaled."""
 
+    @abstractmethod
     def _left(self, layer: Any) -> torch.Tensor:
         """Returns the adapter's trained factor (out, rank)."""
-        raise NotImplementedError
 
     def _penalty(self, adapted: nn.Module) -> torch.Tensor | float:
         return 0.0
