@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -53,9 +54,10 @@ def atomic_path(path: str | Path, force: bool = False) -> Iterator[Path]:
         if not inside.exists():
             raise FileNotFoundError(f"nothing was written to {inside}")
         _replace(inside, path, scratch)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise _disk_error(error, path) from error
+    except Exception as error:
+        found = _os_error(error)
+        if found is not None and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise _disk_error(found, path) from error
         raise
     finally:
         try:
@@ -79,6 +81,14 @@ def _replace(new: Path, path: Path, scratch: Path) -> None:
         if os.path.lexists(old) and not os.path.lexists(path):
             old.rename(path)
         raise
+
+
+def _os_error(error: Exception) -> OSError | None:
+    if isinstance(error, OSError):
+        return error
+    # Libraries in Rust, safetensors and tokenizers, have errors of their own, which end like this.
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def _disk_error(error: OSError, path: Path) -> UserError:

@@ -3,6 +3,7 @@ import shutil
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from modelwright.errors import UserError, did_you_mean, require
 from modelwright.files import atomic_path, check_output, content_hash, read_json, write_json
@@ -122,6 +123,19 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     ):
         p.write_text("some")
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_the_same_sentence_where_a_library_in_rust_writes(tmp_path):
+    def written(message):
+        with atomic_path(tmp_path / "model") as partial:
+            partial.mkdir()
+            raise SafetensorError(message)
+
+    with pytest.raises(UserError, match=r"model could not be written: the disk is full. Nothing of it was left"):
+        written("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError, match="header"):
+        written("invalid header")
     assert list(tmp_path.iterdir()) == []
 
 
